@@ -1,0 +1,486 @@
+"""Data for diffmvae.py: raw data sets to memory-mappable arrays, and the built-in toy faces.
+
+    python data_prep.py --dataset celeba --raw CelebAMask-HQ            # 128x128, paper Sec. 4.2
+    python data_prep.py --dataset celeba --raw CelebAMask-HQ --size 64  # for a laptop
+
+What a prepared folder holds (`--out`, default data/<dataset>):
+
+    image.npy  (N, H, W, 3) uint8   RGB 0..255
+    mask.npy   (N, H, W)    uint8   0 or 1: the composite of all face parts but the skin
+    attr.npy   (N, 18)      uint8   0 or 1: the 18 attributes in the order of ATTRIBUTES
+    meta.json                       counts, split ids, names, size, SHA-256 of the sources
+
+The script needs numpy, pillow and tqdm, and nothing of diffmvae.py.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+# The 18 of the 40 attributes that the paper keeps, in file order [Sec. 4.2].
+ATTRIBUTES = ("Bald", "Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair", "Bushy_Eyebrows",
+              "Eyeglasses", "Gray_Hair", "Heavy_Makeup", "Male", "Mouth_Slightly_Open", "Mustache",
+              "Pale_Skin", "Receding_Hairline", "Smiling", "Straight_Hair", "Wavy_Hair",
+              "Wearing_Hat")
+
+
+# === §1 Toy faces: drawn, so that every attribute is visible and every mask exact ===
+
+HAIR_COLOURS = {"Black_Hair": (25, 22, 30), "Blond_Hair": (240, 208, 95),
+                "Brown_Hair": (105, 62, 28), "Gray_Hair": (165, 165, 172)}
+AUBURN = (190, 60, 25)  # hair of none of the four named colours, as many real faces have
+SUPERSAMPLE = 4
+
+
+def draw_attributes(rng):
+    """One random attribute set that a picture can show in full: -> {name: bool}, all 18 names.
+
+    A bald head has no hair colour, fringe or hair shape; a hat hides the forehead. The rest is
+    independent, with rates between those of CelebAMask-HQ and one half so that none is rare.
+    """
+    has = {name: False for name in ATTRIBUTES}
+    has["Male"] = rng.random() < 0.45
+    top = rng.choice(["plain", "Bangs", "Receding_Hairline", "Wearing_Hat", "Bald"],
+                     p=[0.34, 0.22, 0.14, 0.17, 0.13])
+    if top != "plain":
+        has[str(top)] = True
+    if top != "Bald":
+        colour = rng.choice(["none", *HAIR_COLOURS], p=[0.12, 0.25, 0.22, 0.23, 0.18])
+        shape = rng.choice(["none", "Straight_Hair", "Wavy_Hair"], p=[0.36, 0.30, 0.34])
+        for name in (str(colour), str(shape)):
+            if name != "none":
+                has[name] = True
+    for name, rate in (("Bushy_Eyebrows", 0.25), ("Eyeglasses", 0.22), ("Pale_Skin", 0.22),
+                       ("Mouth_Slightly_Open", 0.42), ("Smiling", 0.47)):
+        has[name] = rng.random() < rate
+    has["Heavy_Makeup"] = rng.random() < (0.08 if has["Male"] else 0.5)
+    has["Mustache"] = rng.random() < (0.4 if has["Male"] else 0.0)
+    return has
+
+
+class FacePen:
+    """Draws the same shapes on a picture and, for the parts that count, on its mask.
+
+    Coordinates are in units of a 32x32 picture, moved by (dx, dy); both canvases are
+    SUPERSAMPLE times larger than the result.
+    """
+
+    def __init__(self, size, background, dx, dy):
+        side = size * SUPERSAMPLE
+        self.image = Image.new("RGB", (side, side), background)
+        self.mask = Image.new("L", (side, side))
+        self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.mask)
+        self.unit, self.dx, self.dy = side / 32, dx, dy
+
+    def _draw(self, shape, points, colour, part, **options):
+        points = [((x + self.dx) * self.unit, (y + self.dy) * self.unit) for x, y in points]
+        if "width" in options:
+            options["width"] = max(1, round(options["width"] * self.unit))
+        getattr(self.pens[0], shape)(points, fill=colour, **options)
+        if part is not None:  # 255: part of the mask; 0: skin drawn over a part hides it
+            getattr(self.pens[1], shape)(points, fill=part, **options)
+
+    def ellipse(self, x0, y0, x1, y1, colour, part=None):
+        self._draw("ellipse", [(x0, y0), (x1, y1)], colour, part)
+
+    def polygon(self, points, colour, part=None):
+        self._draw("polygon", points, colour, part)
+
+    def line(self, points, colour, width, part=None):
+        self._draw("line", points, colour, part, width=width, joint="curve")
+
+    def result(self, size):
+        """-> (size, size, 3) uint8 picture, (size, size) uint8 mask in {0, 1}."""
+        image = self.image.resize((size, size), Image.Resampling.BOX)
+        mask = self.mask.resize((size, size), Image.Resampling.BOX)
+        return np.asarray(image), (np.asarray(mask) > 127).astype(np.uint8)
+
+
+def draw_face(has, rng, size=32):
+    """Draw one face with the attributes `has`: -> image (size, size, 3), mask (size, size), uint8.
+
+    What no attribute names is random: background, clothes, position, width of the head, eyes.
+    """
+    background = tuple(int(c) for c in rng.integers(0, 256, 3))
+    pen = FacePen(size, background, rng.uniform(-1, 1), rng.uniform(-0.8, 0.8))
+    skin = (255, 236, 224) if has["Pale_Skin"] else [(224, 172, 125), (198, 134, 90),
+                                                     (150, 95, 60)][rng.integers(3)]
+    hair = next((c for n, c in HAIR_COLOURS.items() if has[n]), AUBURN)
+    half = rng.uniform(7.2, 8.2)  # half the width of the head
+    draw_back_hair(pen, has, hair, half)
+    draw_body(pen, has, rng, skin)
+    draw_head(pen, has, skin, half)
+    draw_eyes(pen, has, rng, hair)
+    draw_mouth(pen, has, hair, skin)
+    draw_top(pen, has, rng, hair, half)
+    return pen.result(size)
+
+
+def draw_back_hair(pen, has, hair, half):
+    """Long hair behind the head: straight curtains, or waves of locks; nothing when short."""
+    left, right = 16 - half, 16 + half
+    if has["Straight_Hair"]:
+        pen.polygon([(left - 2, 9), (right + 2, 9), (right + 2, 27), (left - 2, 27)], hair, 255)
+    if has["Wavy_Hair"]:
+        for k, y in enumerate((7.5, 12, 16.5, 21)):
+            out = 3.2 if k % 2 else 1.4
+            pen.ellipse(left - out, y, left + 4, y + 6, hair, 255)
+            pen.ellipse(right - 4, y, right + out, y + 6, hair, 255)
+
+
+def draw_body(pen, has, rng, skin):
+    """Neck and clothes: wide square shoulders for a man, narrow round ones otherwise."""
+    cloth = tuple(int(c) for c in rng.integers(30, 226, 3))
+    neck = 4.6 if has["Male"] else 2.6
+    pen.polygon([(16 - neck, 22), (16 + neck, 22), (16 + neck, 34), (16 - neck, 34)], skin, 255)
+    if has["Male"]:
+        pen.polygon([(1, 27.5), (11, 27.5), (16, 31.5), (21, 27.5), (31, 27.5), (31, 35), (1, 35)],
+                    cloth, 255)
+    else:
+        pen.ellipse(7, 28.5, 25, 42, cloth, 255)
+
+
+def draw_head(pen, has, skin, half):
+    """Ears (part of the mask) and the skin, which is not; a man's jaw is square."""
+    for x in (16 - half, 16 + half):
+        pen.ellipse(x - 1.4, 13.5, x + 1.4, 18.5, skin, 255)
+    pen.ellipse(16 - half, 4.5, 16 + half, 26.5, skin, 0)
+    if has["Male"]:
+        jaw = half - 1
+        pen.polygon([(16 - half, 16), (16 + half, 16), (16 + jaw, 24), (16 + jaw - 3, 27),
+                     (16 - jaw + 3, 27), (16 - jaw, 24)], skin, 0)
+    if has["Heavy_Makeup"]:
+        for x in (16 - half + 2.4, 16 + half - 2.4):
+            pen.ellipse(x - 1.9, 17.2, x + 1.9, 20.4, (240, 85, 125))
+
+
+def draw_eyes(pen, has, rng, hair):
+    """Brows, eyes, nose and glasses, all parts of the mask."""
+    brow = (55, 35, 25) if has["Bald"] else tuple(int(0.6 * c) for c in hair)
+    iris = [(40, 30, 25), (50, 110, 60), (40, 80, 170)][rng.integers(3)]
+    pen.polygon([(16, 15.5), (14.4, 19.6), (17.6, 19.6)], (170, 105, 80), 255)
+    for x in (12.2, 19.8):
+        if has["Heavy_Makeup"]:
+            pen.ellipse(x - 2.4, 12.2, x + 2.4, 15.4, (150, 60, 170))
+        if has["Eyeglasses"]:
+            pen.ellipse(x - 3.3, 11.6, x + 3.3, 18.0, (15, 15, 15), 255)
+            pen.ellipse(x - 2.3, 12.6, x + 2.3, 17.0, (205, 230, 245), 255)
+        pen.ellipse(x - 1.8, 13.4, x + 1.8, 16.2, (255, 255, 255), 255)
+        pen.ellipse(x - 1.0, 13.8, x + 1.0, 16.0, iris, 255)
+        width, y = (2.4, 10.6) if has["Bushy_Eyebrows"] else (0.8, 11.2)
+        pen.line([(x - 2.6, y + 0.3), (x, y - 0.3), (x + 2.6, y + 0.3)], brow, width, 255)
+    if has["Eyeglasses"]:
+        pen.line([(15, 14.4), (17, 14.4)], (15, 15, 15), 1.0, 255)
+
+
+def draw_mouth(pen, has, hair, skin):
+    """Lips (part of the mask) and moustache (not a part): wide and curved up when smiling."""
+    lips = (205, 15, 60) if has["Heavy_Makeup"] else (165, 75, 70)
+    half = 4.6 if has["Smiling"] else 2.5
+    xs = [16 - half + 2 * half * k / 8 for k in range(9)]
+    bend = [((x - 16) / half) ** 2 for x in xs]  # 1 at the corners, 0 in the middle
+    lift = 2.0 if has["Smiling"] else 0.0
+    lower = [(x, 23.6 - lift * b) for x, b in zip(xs, bend)]
+    if has["Mouth_Slightly_Open"]:
+        upper = [(x, y - 2.4 * (1 - b)) for (x, y), b in zip(lower, bend)]
+        lower = [(x, y + 1.2 * (1 - b)) for (x, y), b in zip(lower, bend)]
+        pen.polygon(upper + lower[::-1], (45, 5, 10), 255)
+        pen.line(upper + lower[::-1] + upper[:1], lips, 0.8, 255)
+    else:
+        pen.line(lower, lips, 1.5, 255)
+    if has["Mustache"]:
+        colour = (45, 32, 25) if has["Bald"] else tuple(int(0.45 * c) for c in hair)
+        pen.polygon([(11.4, 21.4), (13.2, 19.6), (18.8, 19.6), (20.6, 21.4), (16, 20.9)], colour)
+
+
+def draw_top(pen, has, rng, hair, half):
+    """Hair on the skull, fringe, bare temples, or a hat."""
+    left, right = 16 - half, 16 + half
+    if has["Wearing_Hat"]:
+        felt = tuple(int(c) for c in rng.integers(40, 216, 3))
+        for x in (left - 0.5, right - 1.7):  # sideburns: the hair colour stays visible
+            pen.polygon([(x, 9), (x + 2.2, 9), (x + 2.2, 13.5), (x, 13.5)], hair, 255)
+        crown = [(left - 0.3, 9), (left + 1.2, 1), (right - 1.2, 1), (right + 0.3, 9)]
+        pen.polygon(crown, felt, 255)
+        pen.polygon([(left - 3.5, 7.6), (right + 3.5, 7.6), (right + 3.5, 9.6), (left - 3.5, 9.6)],
+                    tuple(c // 2 for c in felt), 255)
+    elif not has["Bald"]:
+        angles = [math.pi * k / 12 for k in range(13)]  # from the left ear to the right
+        arc = [(16 - (half + 0.8) * math.cos(a), 12.5 - 10.5 * math.sin(a)) for a in angles]
+        line = {"Bangs": [(right - 1, 10.4), (left + 1, 10.4)],
+                "Receding_Hairline": [(right - 1.6, 12), (right - 2.4, 6), (19, 4), (16, 5.4),
+                                      (13, 4), (left + 2.4, 6), (left + 1.6, 12)]}
+        name = next((n for n in line if has[n]), None)
+        plain = [(right - 1, 9.6), (20, 7.2), (16, 6.6), (12, 7.2), (left + 1, 9.6)]
+        pen.polygon(arc + line.get(name, plain), hair, 255)
+
+
+def toy_faces(n, size=32, seed=0):
+    """`n` drawn faces: -> {"image" (n, size, size, 3), "mask" (n, size, size), "attr" (n, 18)}.
+
+    All uint8; mask and attr in {0, 1}. Face k depends on (seed, k) alone.
+    """
+    image = np.empty((n, size, size, 3), np.uint8)
+    mask, attr = np.empty((n, size, size), np.uint8), np.empty((n, len(ATTRIBUTES)), np.uint8)
+    for k in range(n):
+        rng = np.random.default_rng((seed, k))
+        has = draw_attributes(rng)
+        image[k], mask[k] = draw_face(has, rng, size)
+        attr[k] = [has[name] for name in ATTRIBUTES]
+    return {"image": image, "mask": mask, "attr": attr}
+
+
+# === §2 Raw CelebAMask-HQ [Sec. 4.2] ===
+
+PARTS = ("nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
+         "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth")  # all but "skin"
+IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
+ATTRIBUTE_FILE, MAPPING_FILE = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-to-CelebA-mapping.txt"
+
+
+class DataError(Exception):
+    """Something wrong with the raw data; the message says where and what to do."""
+
+
+def read_attributes(path):
+    """The attribute file: line 1 the count, line 2 the names, then `k.jpg` and 40 times -1 or 1.
+
+    -> {k: (18,) uint8 in {0, 1}}, in the order of ATTRIBUTES. Raises DataError naming the line.
+    """
+    lines = path.read_text().splitlines()
+    names = lines[1].split() if len(lines) > 1 else []
+    missing = [name for name in ATTRIBUTES if name not in names]
+    if missing:
+        raise DataError(f"{path}: line 2 names no {', '.join(missing)}; is it the attribute file?")
+    columns, rows = [names.index(name) for name in ATTRIBUTES], {}
+    for number, line in enumerate(lines[2:], start=3):
+        file, *values = line.split() or [""]
+        if len(values) != len(names) or set(values) - {"-1", "1"} or not file[:-4].isdigit():
+            raise DataError(f"{path}: line {number} is not 'k.jpg' and {len(names)} times -1 or 1")
+        rows[int(file[:-4])] = np.array([values[c] == "1" for c in columns], np.uint8)
+    if lines[0].strip() != str(len(rows)):
+        raise DataError(f"{path}: line 1 says {lines[0].strip()} images, {len(rows)} rows follow; "
+                        "the file is cut short or edited")
+    return rows
+
+
+def read_mapping(path):
+    """CelebA-HQ number -> original CelebA number, from the mapping file (one header line)."""
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()[1:] if line.strip()]
+        return {int(row[0]): int(row[1]) for row in rows}
+    except (ValueError, IndexError):
+        raise DataError(f"{path}: a line is not 'idx orig_idx orig_file'") from None
+
+
+def split_of(ids, mapping):
+    """Row numbers of each split: the official CelebA split, or the last 10 % + 10 % without it."""
+    split = {"train": [], "val": [], "test": []}
+    for row, k in enumerate(ids):
+        if mapping is None:
+            tenth = len(ids) // 10
+            name = "test" if row >= len(ids) - tenth else \
+                "val" if row >= len(ids) - 2 * tenth else "train"
+        else:
+            name = "test" if mapping[k] >= 182638 else "val" if mapping[k] >= 162771 else "train"
+        split[name].append(row)
+    return split
+
+
+def read_face(raw, k, size):
+    """Face k: -> (size, size, 3) image, (size, size) mask in {0, 1}, SHA-256 of the files read.
+
+    The mask is the union of PARTS, resized and cut at one half. Raises DataError.
+    """
+    digest = hashlib.sha256()
+
+    def open_image(path):
+        digest.update(path.read_bytes())
+        return Image.open(path)
+
+    path = raw / IMAGES / f"{k}.jpg"
+    try:
+        image = open_image(path)
+        image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder halves, down to twice the size
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        union = None
+        for part in PARTS:
+            path = raw / MASKS / str(k // 2000) / f"{k:05d}_{part}.png"
+            if path.exists():
+                part_image = open_image(path)
+                if union is not None and part_image.size != union.shape[::-1]:
+                    raise DataError(f"{path}: {'x'.join(map(str, part_image.size))} pixels, "
+                                    "another part of this face has another size")
+                pixels = np.asarray(part_image.convert("RGB").getchannel(0)) != 0
+                union = pixels if union is None else union | pixels
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+        raise DataError(f"{path}: cannot be read ({error}); extract it again") from None
+    if union is None:
+        raise DataError(f"{raw / MASKS}: no mask of face {k} ({k:05d}_*.png); extract it again")
+    mask = Image.fromarray(union.astype(np.uint8) * 255)
+    mask = np.asarray(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127
+    return np.asarray(image), mask.astype(np.uint8), digest.hexdigest()
+
+
+def try_face(task):
+    """read_face for a worker process: an error comes back as its message."""
+    try:
+        return read_face(*task)
+    except DataError as error:
+        return str(error)
+
+
+def check_layout(raw):
+    """The raw folder's parts, or DataError that lists what is missing: -> rows, mapping, ids."""
+    missing = [name for name in (IMAGES, MASKS, ATTRIBUTE_FILE) if not (raw / name).exists()]
+    if missing:
+        raise DataError(f"{raw}: no {', '.join(missing)}; --raw takes the extracted CelebAMask-HQ")
+    rows = read_attributes(raw / ATTRIBUTE_FILE)
+    found = {int(path.stem) for path in (raw / IMAGES).glob("*.jpg") if path.stem.isdigit()}
+    absent = sorted(rows.keys() - found)
+    if absent:
+        raise DataError(f"{raw / IMAGES}: {len(absent)} of {len(rows)} images are missing, the "
+                        f"first is {absent[0]}.jpg; extract the archive again")
+    path = raw / MAPPING_FILE
+    mapping = read_mapping(path) if path.exists() else None
+    unmapped = sorted(rows.keys() - (mapping or rows).keys())
+    if unmapped:
+        raise DataError(f"{path}: no line for {len(unmapped)} images, the first is {unmapped[0]}")
+    return rows, mapping, sorted(rows)
+
+
+# === §3 Writing ===
+
+class ArrayWriter:
+    """Appends rows to a .npy file of uint8 without holding them; the header is set on closing."""
+
+    def __init__(self, path, row_shape):
+        self.file, self.row_shape, self.count = open(path, "wb"), row_shape, 0
+        self._header()
+
+    def _header(self):
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, {
+            "descr": "|u1", "fortran_order": False, "shape": (self.count, *self.row_shape)})
+
+    def append(self, row):
+        assert row.shape == self.row_shape and row.dtype == np.uint8, (row.shape, row.dtype)
+        self.file.write(row.tobytes())
+        self.count += 1
+
+    def close(self):
+        self._header()  # NumPy leaves room for the longer count
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def prepare_celeba(raw, out, size=128, skip_bad=False):
+    """Raw CelebAMask-HQ -> the arrays of `out`; see the head of this file. Raises DataError.
+
+    Everything is written to `<out>.partial`, renamed when complete; an interrupted run leaves
+    only that folder, which the next run replaces.
+    """
+    rows, mapping, ids = check_layout(raw)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writers = {"image": ArrayWriter(partial / "image.npy", (size, size, 3)),
+               "mask": ArrayWriter(partial / "mask.npy", (size, size)),
+               "attr": ArrayWriter(partial / "attr.npy", (len(ATTRIBUTES),))}
+    kept, bad, digest = [], [], hashlib.sha256()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(try_face, ((raw, k, size) for k in ids), chunksize=8)
+        for k, result in zip(ids, tqdm(results, total=len(ids), unit="img")):
+            if isinstance(result, str):
+                bad.append(result)
+                if not skip_bad:
+                    pool.shutdown(cancel_futures=True)
+                    raise DataError(result + " (or leave it out with --skip-bad)")
+                continue
+            for name, row in zip(writers, (result[0], result[1], rows[k])):
+                writers[name].append(row)
+            digest.update(result[2].encode())
+            kept.append(k)
+    for writer in writers.values():
+        writer.close()
+    split = split_of(kept, mapping)
+    sources = {name: hashlib.sha256((raw / name).read_bytes()).hexdigest()
+               for name in (ATTRIBUTE_FILE, MAPPING_FILE) if (raw / name).exists()}
+    write_meta(partial, {
+        "dataset": "celeba", "size": size, "count": len(kept), "attributes": ATTRIBUTES,
+        "counts": {name: len(part) for name, part in split.items()}, "split": split, "ids": kept,
+        "official_split": mapping is not None, "skipped": bad,
+        "sha256": {**sources, "images and masks": digest.hexdigest()}})
+    os.replace(partial, out)
+    return report(out, bad)
+
+
+def write_meta(folder, meta):
+    """meta.json, on the disk before the folder gets its final name."""
+    with open(folder / "meta.json", "w") as file:
+        json.dump(meta, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def report(out, bad):
+    """Say what was written, read back from `out`."""
+    meta = json.loads((out / "meta.json").read_text())
+    counts = ", ".join(f"{n} {name}" for name, n in meta["counts"].items())
+    print(f"{out}: {meta['count']} faces at {meta['size']}x{meta['size']}: {counts}")
+    if not meta["official_split"]:
+        print(f"no {MAPPING_FILE}: not the official split; the last 10 % are test, the 10 % before "
+              "them validation")
+    for line in bad:
+        print("left out:", line)
+
+
+# === §4 Command line ===
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Prepare a raw data set for diffmvae.py.")
+    parser.add_argument("--dataset", choices=["celeba"], required=True,
+                        help="which layout --raw has: CelebAMask-HQ")
+    parser.add_argument("--raw", type=Path, required=True, help="the extracted download, read only")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/<dataset>)")
+    parser.add_argument("--size", type=int, default=128,
+                        help="side of the pictures in pixels, a multiple of 8 (default: 128)")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave out faces whose files cannot be read, and list them")
+    args = parser.parse_args(argv)
+    if args.size < 8 or args.size % 8:
+        parser.error(f"--size {args.size}: must be a positive multiple of 8")
+    return args
+
+
+def main(argv=None):
+    """Command line: -> exit code 0, or 2 after one line on stderr."""
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so the workers end too
+    out = args.out or Path("data") / args.dataset
+    try:
+        if out.exists():
+            raise DataError(f"{out}: exists already; move it away to prepare it again")
+        prepare_celeba(args.raw, out, args.size, args.skip_bad)
+    except (DataError, OSError) as error:
+        print(f"data_prep.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("data_prep.py: interrupted; run it again to start over", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1526 @@
+"""Diff-MVAE: a multimodal VAE with a diffusion decoder for images, in one file.
+
+Paper   Multimodal ELBO with Diffusion Decoders, D. Wesego & P. Rooshenas, arXiv 2408.16883v2.
+        All section and equation numbers below are that version's.
+
+Objective, minimised, in nats, sums over dimensions, mean over the batch [Eq. 5]:
+
+    E_A E_{z ~ q(z|x_A)} [ sum_i -log p(x_i|z)                              feed-forward decoders
+                         + sum_j E_t 1/2 lambda(t) ||score_j - s_theta||^2 ]  diffusion decoders
+    + beta E_A KL(q(z|x_A) || N(0, I))
+
+    A is a uniformly drawn subset of the modalities, q(z|x_A) the product of its experts. The
+    paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
+
+Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
+        python diffmvae.py --dataset celeba --sample cond --given mask=face.png attr=Smiling,Bangs
+        python diffmvae.py --dataset celeba --sample uncond
+        python diffmvae.py --dataset celeba --eval
+        Without prepared data (data_prep.py) it draws its own toy faces. --help lists all flags.
+
+Notation    paper                 here                        shape
+            x^(1), x^(2), x^(3)   x["image"|"mask"|"attr"]    (B, 3, H, W), (B, 1, H, W), (B, 18)
+            mu_i, log var_i       mu, logvar                  (B, M, Z), of the product (B, Z)
+            A, omega_A            subset, 1 / (2^M - 1)       (B, M) boolean
+            z                     z                           (B, Z)
+            alpha_bar_t           alpha(t)^2 = 1 - sigma(t)^2 (B,), t in [0, 1]
+            x_t, epsilon          x_t, eps                    as x
+            g(t)^2, lambda(t)     beta(t), weighting          (B,)
+            beta (of the KL)      config.beta                 a number
+
+Contents (grep '^# === §'); §2 to §4 are the method, the rest can be skipped at first.
+    §1  Setups and configuration                 §6  Data
+    §2  Gaussians and their fusion               §7  Training
+    §3  Diffusion                                §8  Sampling to pictures
+    §4  DiffMVAE: Eq. 5, ways of sampling        §9  Evaluation
+    §5  Networks                                 §10 Command line
+
+Where   [Eq. 1] VPSDE.loss, "simple"             [Sec. 3.1] §3, DiffusionDecoder
+        [Eq. 2] VPSDE.loss, "likelihood"         [Sec. 3.2] product_of_experts, neg_elbo
+        [Eq. 3] the bound in general: neg_elbo   [Sec. 3.3] posterior, sample_conditional
+        [Eq. 4] neg_elbo, --decoder feedforward  [Sec. 3.4] AuxiliaryModel, sample_unconditional
+        [Eq. 5] neg_elbo                         [Sec. 4.2] Config, §5
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data_prep
+from data_prep import ATTRIBUTES
+
+# === §1 Setups and configuration [Secs. 4, 4.2] ===
+
+MODALITIES = ("image", "mask", "attr")  # x^(1), x^(2), x^(3); their order numbers the experts
+
+
+@dataclass
+class Config:
+    """What defines a model and its training; the defaults are the paper's CelebAMask-HQ setup.
+
+    "paper" marks values that the paper states; the others are ours or, where it says "after",
+    those of the code the paper builds on.
+    """
+    dataset: str = "celeba"
+    preset: str = "paper"
+    # Sizes
+    image_size: int = 128           # paper Sec. 4.2; the prepared data decide
+    latent: int = 256               # paper Sec. 4.2: Z
+    # Networks
+    image_channels: tuple = (64, 128, 256, 512, 512)  # after Soft-IntroVAE at 128 px, paper [4]
+    image_rates: tuple = (2, 2, 2, 2, 2)              # average pooling after each width
+    mask_channels: tuple = (64, 128, 256)             # after SBM-VAE, paper [42]
+    mask_rates: tuple = (2, 4, 4)
+    attr_widths: tuple = (128, 256, 512, 512, 512)    # after SBM-VAE
+    unet_width: int = 64
+    unet_mults: tuple = (1, 2, 2, 4, 4)
+    unet_blocks: int = 2            # residual blocks a resolution, down and up each
+    unet_attention: tuple = (16, 8)  # resolutions, in pixels, with self-attention
+    patch: int = 1                  # space-to-depth before the UNet; 2 is 2.5x faster on a CPU
+    z_map: int = 32                 # channels of the 8x8 map of z joined to the UNet's input
+    dropout: float = 0.1            # in the UNets
+    aux_width: int = 64
+    aux_mults: tuple = (1, 2, 4)    # on the latent as a square picture: 1x16x16, paper Sec. 4.2
+    # Objective, Eq. 5
+    decoder: str = "diffusion"      # or "feedforward": Eq. 5 becomes Eq. 4
+    weighting: str = "simple"       # lambda(t) = 1 (Diff-MVAE*); "likelihood": g^2 (Diff-MVAE)
+    warmup: float = 0.6             # share of the steps with weight 1/alpha^2 first; 0: off
+    beta: float = 0.1               # weight of the KL term; the paper's is unknown
+    attr_weight: float = 20.0       # weight of the 18-dimensional attribute term (README, Choices)
+    prior_expert: bool = False      # N(0, I) as one more expert of the full subset, as in MoPoE
+    # Training
+    steps: int = 200_000            # about 500 passes over the 24,183 training faces at batch 64
+    aux_steps: int = 100_000
+    batch_size: int = 64
+    aux_batch_size: int = 256
+    lr: float = 1e-4
+    lr_schedule: str = "cosine"     # after lr_warmup steps: to 0 along a cosine, or "constant"
+    lr_warmup: int = 1000
+    grad_clip: float = 1.0          # largest norm of all gradients together
+    ema: float = 0.9999             # decay of the averaged weights; ramped up from 0
+    seed: int = 0
+    # Habits
+    log_every: int = 100
+    probe_every: int = 5000         # steps between coherence figures with a picture
+    save_every: int = 1000
+
+
+SMALL = dict(preset="small", image_size=32, latent=64,
+             image_channels=(32, 64, 128), image_rates=(2, 2, 2),
+             mask_channels=(16, 32, 64), mask_rates=(2, 2, 2), attr_widths=(128, 128),
+             unet_width=64, unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2,
+             z_map=16, dropout=0.0, aux_width=48, aux_mults=(1, 2),
+             steps=2000, aux_steps=2000, lr=1e-3, lr_warmup=50, ema=0.995,
+             log_every=20, probe_every=400, save_every=200)
+PRESETS = {"paper": {}, "small": SMALL}
+
+
+# === §2 Gaussians and their fusion [Sec. 3.2] ===
+
+def kl_to_standard_normal(mu, logvar):
+    """KL(N(mu, diag exp(logvar)) || N(0, I)) in nats: (B, Z), (B, Z) -> (B,), dims summed."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
+
+
+def product_of_experts(mu, logvar, subset):
+    """Normalised product of the Gaussian experts that `subset` selects [Sec. 3.2, Sec. 3.3].
+
+    mu, logvar: (B, M, Z); subset: (B, M) boolean. -> mu, logvar: (B, Z) each. Precisions add,
+    means are averaged with the precisions as weights. What experts outside the subset hold,
+    NaN included, has no influence. A row without any expert raises ValueError.
+    """
+    if not bool(subset.any(1).all()):
+        raise ValueError("product_of_experts: a row of subset selects no expert")
+    absent = ~subset.unsqueeze(-1)                               # (B, M, 1)
+    precision = torch.exp(-logvar.masked_fill(absent, math.inf))  # (B, M, Z), 0 where absent
+    total = precision.sum(1)                                     # (B, Z)
+    joint_mu = (precision * mu.masked_fill(absent, 0.0)).sum(1) / total
+    return joint_mu, -total.log()
+
+
+def all_subsets(m):
+    """The 2^m - 1 non-empty subsets of m modalities: (2^m - 1, m) boolean; the last is full."""
+    codes = torch.arange(1, 2 ** m)
+    return (codes.unsqueeze(1) >> torch.arange(m) & 1).bool()    # (2^m - 1, m)
+
+
+# === §3 Diffusion [Sec. 3.1, Eqs. 1, 2] ===
+
+class VPSDE:
+    """The variance-preserving SDE dx = -1/2 beta(t) x dt + sqrt(beta(t)) dw, t in [0, 1].
+
+    x_t = alpha(t) x_0 + sigma(t) eps, where alpha(t)^2 is the paper's alpha_bar_t [Eq. 1] and
+    g(t)^2 = beta(t) [Eq. 2]. With beta from 0.1 to 20 it is the 1000-step DDPM schedule, so one
+    network serves every sampler below. All methods map a tensor of times to one of its shape.
+    """
+    beta_min, beta_max, t_min = 0.1, 20.0, 1e-3
+
+    def beta(self, t):
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def integral(self, t):
+        """int_0^t beta(s) ds = -log alpha_bar."""
+        return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t ** 2
+
+    def alpha(self, t):
+        return torch.exp(-0.5 * self.integral(t))
+
+    def sigma(self, t):
+        return torch.sqrt(-torch.expm1(-self.integral(t)))
+
+    def log_snr(self, t):
+        """log(alpha^2 / sigma^2); its slope is -beta / sigma^2."""
+        return -torch.log(torch.expm1(self.integral(t)))
+
+    def time_of(self, log_snr):
+        """The inverse of log_snr(t), in closed form: a quadratic in t."""
+        integral, slope = F.softplus(-log_snr), self.beta_max - self.beta_min
+        return (torch.sqrt(self.beta_min ** 2 + 2 * slope * integral) - self.beta_min) / slope
+
+    def draw_time(self, n, weighting, device):
+        """Times t (n,) and weights w (n,) with E[w ||eps - eps_hat||^2] = the loss of `weighting`.
+
+        "simple":     lambda = 1 on the noise error, t uniform [Eq. 1].
+        "likelihood": lambda = g^2, that is 1/2 beta/sigma^2 on the noise error [Eq. 2]. Since
+                      beta/sigma^2 is minus the slope of log_snr, t is drawn uniformly in log_snr;
+                      the weight keeps the normaliser, so the estimate stays unbiased.
+        "v":          1/alpha^2, the error of v: ours, for the warm-up only.
+        The n uniform numbers are one shifted regular grid: each is uniform, their mean varies less.
+        """
+        u = (torch.rand(1) + torch.arange(n) / n) % 1            # (n,) in [0, 1)
+        u = u[torch.randperm(n)].to(device)
+        ends = self.log_snr(torch.tensor([self.t_min, 1.0], dtype=torch.float64)).tolist()
+        if weighting == "likelihood":
+            t = self.time_of(ends[0] + (ends[1] - ends[0]) * u)
+            return t, torch.full_like(t, 0.5 * (ends[0] - ends[1]))  # Z / 2
+        t = self.t_min + (1 - self.t_min) * u
+        return t, self.alpha(t) ** -2 if weighting == "v" else torch.ones_like(t)
+
+    def loss(self, eps_net, x0, weighting):
+        """Denoising score matching, one draw of (t, eps) a sample: (B, ...) -> (B,), dims summed.
+
+        `eps_net(x_t, t)` is eps_theta of Eq. 1; the score of Eq. 2 is s_theta = -eps_theta / sigma,
+        so lambda ||score - s_theta||^2 = lambda / sigma^2 ||eps - eps_theta||^2.
+        """
+        t, weight = self.draw_time(len(x0), weighting, x0.device)
+        eps = torch.randn_like(x0)
+        x_t = per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * eps
+        error = (eps - eps_net(x_t, t)).square().flatten(1).sum(1)  # (B,) [Eq. 1]
+        return weight * error                                    # (B,) [Eq. 1] or [Eq. 2]
+
+    def eps_from_v(self, v, x_t, t):
+        """The noise that a prediction of v = alpha eps - sigma x_0 stands for."""
+        return per_sample(self.sigma(t), x_t) * x_t + per_sample(self.alpha(t), x_t) * v
+
+
+def per_sample(a, x):
+    """(B,) -> (B, 1, ..., 1), to scale the samples of x (B, ...)."""
+    return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+class Noise:
+    """Standard normal draws in which row i depends on seed i alone, never on its batch.
+
+    The n seeds come from `generator` in order (the global one if None). Drawn on the CPU, so
+    every device sees the same numbers.
+    """
+
+    def __init__(self, n, generator=None, device="cpu"):
+        seeds = torch.randint(2 ** 62, (n,), generator=generator).tolist()
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self.device = device
+
+    def __call__(self, *shape):
+        """-> (n, *shape)."""
+        rows = [torch.randn(shape, generator=g) for g in self.generators]
+        return torch.stack(rows).to(self.device)
+
+
+def sample_ddim(sde, predict, x, steps, noise):
+    """DDIM, eta = 0: steps + 1 times from 1 to 0; the last step returns x_0_hat."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    for t, s in zip(times[:-1], times[1:]):
+        x0, eps = predict(x, t)
+        x = sde.alpha(s) * x0 + sde.sigma(s) * eps
+    return x
+
+
+def sample_ddpm(sde, predict, x, steps, noise):
+    """Ancestral: x_s ~ q(x_s | x_t, x_0_hat), Bayes' rule of two Gaussians; at s = 0 no noise."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    for t, s in zip(times[:-1], times[1:]):
+        x0, _ = predict(x, t)
+        alpha_ts = sde.alpha(t) / sde.alpha(s)                   # x_t = alpha_ts x_s + noise
+        var_ts = sde.sigma(t) ** 2 - alpha_ts ** 2 * sde.sigma(s) ** 2
+        mean = (alpha_ts * sde.sigma(s) ** 2 * x + sde.alpha(s) * var_ts * x0) / sde.sigma(t) ** 2
+        std = sde.sigma(s) * var_ts.sqrt() / sde.sigma(t)
+        x = mean + std * noise(*x.shape[1:]) if s > 0 else mean
+    return x
+
+
+def sample_euler_maruyama(sde, predict, x, steps, noise):
+    """The reverse SDE dx = -(1/2 beta x + beta score) dt + sqrt(beta) dw from 1 to t_min."""
+    times = torch.linspace(1, sde.t_min, steps + 1, dtype=torch.float64)
+    for k, (t, dt) in enumerate(zip(times[:-1], times[:-1] - times[1:])):
+        _, eps = predict(x, t)
+        score = -eps / sde.sigma(t)
+        mean = x + sde.beta(t) * (0.5 * x + score) * dt
+        x = mean + (sde.beta(t) * dt).sqrt() * noise(*x.shape[1:]) if k < steps - 1 else mean
+    return x
+
+
+def sample_dpm_solver(sde, predict, x, steps, noise):
+    """DPM-Solver++(2M): second order from the last two x_0_hat, times regular in log_snr."""
+    ends = sde.log_snr(torch.tensor([1.0, sde.t_min], dtype=torch.float64))
+    half = torch.linspace(0.5 * ends[0], 0.5 * ends[1], steps, dtype=torch.float64)
+    times = sde.time_of(2 * half)
+    previous = None
+    for k, t in enumerate(times):
+        x0, _ = predict(x, t)
+        if k == steps - 1:
+            return x0
+        s, h = times[k + 1], half[k + 1] - half[k]
+        slope = 0.0 if previous is None else (x0 - previous) * (0.5 * h / (half[k] - half[k - 1]))
+        x = sde.sigma(s) / sde.sigma(t) * x - sde.alpha(s) * torch.expm1(-h) * (x0 + slope)
+        previous = x0
+
+
+SAMPLERS = {"ddim": sample_ddim, "euler-maruyama": sample_euler_maruyama,
+            "ddpm": sample_ddpm, "dpm++": sample_dpm_solver}
+
+
+def sample_diffusion(sde, eps_net, shape, sampler, steps, noise, clamp):
+    """Draw from a diffusion model: -> (n, *shape); `noise` decides n, see Noise.
+
+    eps_net(x_t, t) -> eps; clamp: hold x_0_hat in [-1, 1] (images, not latents; and never
+    inside Euler-Maruyama, which uses the raw score).
+    """
+    if sampler not in SAMPLERS or steps < 1:
+        raise ValueError(f"sampler {sampler!r} with {steps} steps: choose from "
+                         f"{', '.join(SAMPLERS)} and at least 1 step")
+    clamp_inside = clamp and sampler != "euler-maruyama"
+
+    def predict(x, t):
+        """x_t -> x_0_hat and the eps that belongs to it."""
+        eps = eps_net(x, t.to(x).expand(len(x)))
+        x0 = (x - sde.sigma(t) * eps) / sde.alpha(t)
+        if clamp_inside:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - sde.alpha(t) * x0) / sde.sigma(t)
+        return x0, eps
+
+    x = SAMPLERS[sampler](sde, predict, noise(*shape), steps, noise)
+    return x.clamp(-1, 1) if clamp else x
+
+
+# === §4 DiffMVAE: Eq. 5 and the two ways of sampling [Secs. 3.2, 3.3, 3.4] ===
+
+class DiffMVAE(nn.Module):
+    """Encoders, decoders and the auxiliary model. Data x is a dict:
+
+    "image" (B, 3, H, W) in [-1, 1], "mask" (B, 1, H, W) in {0, 1}, "attr" (B, 18) in {0, 1}.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.encoders = nn.ModuleDict({
+            "image": ConvEncoder(3, c.image_channels, c.image_rates, c),
+            "mask": ConvEncoder(1, c.mask_channels, c.mask_rates, c),
+            "attr": MLPEncoder(len(ATTRIBUTES), c)})
+        self.decoders = nn.ModuleDict({
+            "image": DiffusionDecoder(c) if c.decoder == "diffusion" else
+            GaussianDecoder(ConvDecoder(3, c.image_channels, c.image_rates, c)),
+            "mask": BernoulliDecoder(ConvDecoder(1, c.mask_channels, c.mask_rates, c)),
+            "attr": BernoulliDecoder(mlp_decoder(len(ATTRIBUTES), c))})
+        self.aux = AuxiliaryModel(c)
+
+    def encode(self, x):
+        """Every expert: -> mu, logvar (B, M, Z) each, float32."""
+        pairs = [self.encoders[name](x[name]) for name in MODALITIES]
+        mu, logvar = (torch.stack(parts, 1).float() for parts in zip(*pairs))  # (B, M, Z)
+        return mu, logvar
+
+    def fuse(self, mu, logvar, subset):
+        """q(z|x_A): the product of the experts in the subset [Sec. 3.2]. -> (B, Z) each."""
+        if self.config.prior_expert:  # one more expert, N(0, I), that only the full subset has
+            mu, logvar = (F.pad(a, (0, 0, 0, 1)) for a in (mu, logvar))  # (B, M + 1, Z)
+            subset = torch.cat([subset, subset.all(1, keepdim=True)], 1)  # (B, M + 1)
+        return product_of_experts(mu, logvar, subset)
+
+    def neg_elbo(self, x):
+        """[Eq. 5] with one subset A ~ omega, one z and one t a sample: -> dict of (B,), in nats.
+
+        With a feed-forward image decoder the same lines are [Eq. 4], with one modality [Eq. 3].
+
+        "image", "mask", "attr": -log p(x_i|z), a bound for the diffusion decoder; "kl": the
+        mean over all subsets; "total": their weighted sum, the quantity to minimise.
+        """
+        mu, logvar = self.encode(x)                              # (B, M, Z)
+        subsets = all_subsets(len(MODALITIES)).to(mu.device)     # (S, M), omega = 1 / S
+        subset = subsets[torch.randint(len(subsets), (len(mu),)).to(mu.device)]  # (B, M)
+        z = gaussian_sample(*self.fuse(mu, logvar, subset))      # (B, Z) z ~ q(z|x_A)
+        terms = {name: self.decoders[name].nll(z, x[name]) for name in MODALITIES}
+        kl = [kl_to_standard_normal(*self.fuse(mu, logvar, a.expand(len(mu), -1))) for a in subsets]
+        terms["kl"] = torch.stack(kl).mean(0)                    # (B,) sum_A omega_A KL_A
+        terms["total"] = (terms["image"] + terms["mask"] + self.config.attr_weight * terms["attr"]
+                          + self.config.beta * terms["kl"])      # (B,) [Eq. 5]
+        return terms
+
+    def posterior(self, x, subset=None):
+        """q(z|x_o): the product of the experts of what is observed [Sec. 3.3]. -> (B, Z) each.
+
+        x: dict with any of the modalities. subset: (B, M) boolean, default all in x. Rows of x
+        outside the subset are never read, so they may hold anything, NaN included.
+        """
+        check_data(x, self.config.image_size)
+        first = next(iter(x.values()))
+        if subset is None:
+            subset = torch.tensor([name in x for name in MODALITIES]).expand(len(first), -1)
+        subset = subset.to(first.device)
+        shape = len(first), len(MODALITIES), self.config.latent
+        mu, logvar = first.new_zeros(shape), first.new_zeros(shape)
+        for i, name in enumerate(MODALITIES):
+            rows = subset[:, i].nonzero().squeeze(1)             # (R,) the rows that have it
+            if len(rows):
+                pair = self.encoders[name](x[name][rows])
+                mu, logvar = (a.index_put((rows, torch.tensor(i, device=rows.device)), b.float())
+                              for a, b in zip((mu, logvar), pair))
+        return self.fuse(mu, logvar, subset)
+
+    def decode(self, z, noise, sampler, steps):
+        """z -> every modality through its own decoder."""
+        return {name: self.decoders[name].sample(z, noise, sampler, steps) for name in MODALITIES}
+
+    @torch.no_grad()
+    def sample_conditional(self, given, n=1, sampler="ddim", steps=50, generator=None):
+        """[Sec. 3.3] given: dict of B items -> dict of all modalities, (B * n, ...).
+
+        z ~ q(z|x_o), then each decoder. The n results of an item follow one another; the given
+        modalities come back decoded from z like the rest.
+        """
+        mu, logvar = (a.repeat_interleave(n, 0) for a in self.posterior(given))  # (B * n, Z)
+        noise = Noise(len(mu), generator, mu.device)
+        z = mu + torch.exp(0.5 * logvar) * noise(mu.shape[1])
+        return self.decode(z, noise, sampler, steps)
+
+    @torch.no_grad()
+    def sample_unconditional(self, n, prior="aux", sampler="ddim", steps=50, generator=None):
+        """[Sec. 3.4] z from the auxiliary model, or from N(0, I) if prior="gaussian"; then decode."""
+        noise = Noise(n, generator, self.aux.mean.device)
+        z = self.aux.sample(noise, sampler, steps) if prior == "aux" else noise(self.config.latent)
+        return self.decode(z, noise, sampler, steps)
+
+
+def gaussian_sample(mu, logvar):
+    """One reparameterised draw from N(mu, exp(logvar))."""
+    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+
+def check_data(x, size):
+    """Raise ValueError, naming the modality, unless x holds known modalities of the right shape."""
+    shapes = {"image": (3, size, size), "mask": (1, size, size), "attr": (len(ATTRIBUTES),)}
+    if not x or any(name not in shapes for name in x):
+        raise ValueError(f"modalities {sorted(x)}: expected some of {', '.join(MODALITIES)}")
+    for name, value in x.items():
+        if tuple(value.shape[1:]) != shapes[name]:
+            raise ValueError(f"{name}: shape {tuple(value.shape)}, expected (B, "
+                             f"{', '.join(map(str, shapes[name]))})")
+
+
+class DiffusionDecoder(nn.Module):
+    """M_D of Eq. 5: p(x|z) by a diffusion model conditioned on z [Sec. 3.1]."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.sde, self.shape = VPSDE(), (3, c.image_size, c.image_size)
+        self.weighting = c.weighting  # lambda(t); training sets "v" during its warm-up
+        self.unet = UNet(3, c.image_size, c.unet_width, c.unet_mults, c.unet_blocks,
+                         c.unet_attention, c.dropout, c.patch, c.latent, c.z_map)
+
+    def eps(self, x_t, t, z):
+        """eps_theta(x_t, z, t); the network itself predicts v."""
+        return self.sde.eps_from_v(self.unet(x_t, t, z).float(), x_t, t)
+
+    def nll(self, z, x):
+        """[Eq. 2], or [Eq. 1] with lambda = 1: (B,) nats up to terms without parameters."""
+        return self.sde.loss(lambda x_t, t: self.eps(x_t, t, z), x, self.weighting)
+
+    def sample(self, z, noise, sampler="ddim", steps=50):
+        return sample_diffusion(self.sde, lambda x_t, t: self.eps(x_t, t, z), self.shape, sampler,
+                                steps, noise, clamp=True)
+
+
+class GaussianDecoder(nn.Module):
+    """M_F of Eq. 5: N(x; net(z), 1/2), whose NLL is the squared error plus a constant."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def nll(self, z, x):
+        return ((x - self.net(z).float()).square() + 0.5 * math.log(math.pi)).flatten(1).sum(1)
+
+    def sample(self, z, noise=None, sampler=None, steps=None):
+        """The mean, which needs neither noise nor steps."""
+        return self.net(z).float().clamp(-1, 1)
+
+
+class BernoulliDecoder(nn.Module):
+    """M_F of Eq. 5: independent Bernoulli variables with logits net(z)."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def nll(self, z, x):
+        error = F.binary_cross_entropy_with_logits(self.net(z).float(), x, reduction="none")
+        return error.flatten(1).sum(1)                           # (B,)
+
+    def sample(self, z, noise=None, sampler=None, steps=None):
+        """The more probable value of each variable, as the paper's F1 needs it."""
+        return (self.net(z) > 0).float()
+
+
+class AuxiliaryModel(nn.Module):
+    """Score model of the full posterior's samples [Sec. 3.4], on z standardised per dimension."""
+
+    def __init__(self, c):
+        super().__init__()
+        side = math.isqrt(c.latent)
+        if side * side != c.latent:
+            raise ValueError(f"latent {c.latent}: the auxiliary model needs a square number")
+        self.sde, self.shape = VPSDE(), (1, side, side)
+        self.unet = UNet(1, side, c.aux_width, c.aux_mults, c.unet_blocks, (side // 2,), c.dropout)
+        self.register_buffer("mean", torch.zeros(c.latent))
+        self.register_buffer("std", torch.ones(c.latent))
+
+    def eps(self, z_t, t):
+        return self.sde.eps_from_v(self.unet(z_t, t).float(), z_t, t)
+
+    def nll(self, z):
+        """[Sec. 3.4] the objective of [Eq. 1] on z (B, Z): -> (B,)."""
+        z0 = ((z - self.mean) / self.std).view(-1, *self.shape)  # (B, 1, side, side)
+        return self.sde.loss(self.eps, z0, "simple")
+
+    def sample(self, noise, sampler="ddim", steps=50):
+        """-> z (n, Z)."""
+        z = sample_diffusion(self.sde, self.eps, self.shape, sampler, steps, noise, clamp=False)
+        return z.flatten(1) * self.std + self.mean               # (n, Z)
+
+
+# === §5 Networks [Secs. 4, 4.2] ===
+
+class ResidualBlock(nn.Module):
+    """conv-BN-LeakyReLU-conv-BN plus skip, LeakyReLU, as in Soft-IntroVAE (paper [4])."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x):
+        return F.leaky_relu(self.body(x) + self.skip(x), 0.2)
+
+
+class ConvEncoder(nn.Module):
+    """Images or masks (B, C, H, W) -> mu, logvar (B, Z): widths `channels`, pooled by `rates`."""
+
+    def __init__(self, c_in, channels, rates, c):
+        super().__init__()
+        layers = [nn.Conv2d(c_in, channels[0], 5, padding=2, bias=False),
+                  nn.BatchNorm2d(channels[0]), nn.LeakyReLU(0.2), nn.AvgPool2d(rates[0])]
+        for a, b, rate in zip(channels, channels[1:], rates[1:]):
+            layers += [ResidualBlock(a, b), nn.AvgPool2d(rate)]
+        self.body = nn.Sequential(*layers, ResidualBlock(channels[-1], channels[-1]))
+        side = c.image_size // math.prod(rates)
+        self.head = nn.Linear(channels[-1] * side * side, 2 * c.latent)
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1)).chunk(2, 1)    # (B, Z), (B, Z)
+
+
+class ConvDecoder(nn.Module):
+    """z (B, Z) -> (B, C, H, W): the encoder of the same widths and rates, mirrored."""
+
+    def __init__(self, c_out, channels, rates, c):
+        super().__init__()
+        self.shape = channels[-1], *[c.image_size // math.prod(rates)] * 2
+        self.stem = nn.Linear(c.latent, math.prod(self.shape))
+        layers, widths = [], (channels[-1], *reversed(channels))
+        for a, b, rate in zip(widths, widths[1:], reversed(rates)):
+            layers += [ResidualBlock(a, b), nn.Upsample(scale_factor=rate)]
+        self.body = nn.Sequential(*layers, ResidualBlock(channels[0], channels[0]),
+                                  nn.Conv2d(channels[0], c_out, 5, padding=2))
+
+    def forward(self, z):
+        return self.body(F.relu(self.stem(z)).view(-1, *self.shape))  # (B, C, H, W)
+
+
+def mlp(widths):
+    """Linear-BatchNorm-ReLU for each pair of neighbouring widths."""
+    layers = []
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class MLPEncoder(nn.Module):
+    """Attributes (B, A) -> mu, logvar (B, Z)."""
+
+    def __init__(self, n, c):
+        super().__init__()
+        self.body = mlp((n, *c.attr_widths))
+        self.head = nn.Linear(c.attr_widths[-1], 2 * c.latent)
+
+    def forward(self, x):
+        return self.head(self.body(x)).chunk(2, 1)               # (B, Z), (B, Z)
+
+
+def mlp_decoder(n, c):
+    """z (B, Z) -> logits (B, A)."""
+    widths = (c.latent, *reversed(c.attr_widths))
+    return nn.Sequential(mlp(widths), nn.Linear(widths[-1], n))
+
+
+def zero_init(layer):
+    """Start a layer at zero, so that its branch starts as a no-op and the first loss is known."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels):
+    return nn.GroupNorm(8, channels)
+
+
+def time_embedding(t, width):
+    """Sinusoids of 1000 t: (B,) -> (B, width), cosines first."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = 1000 * t.unsqueeze(1) * freqs                       # (B, width / 2)
+    return torch.cat([angles.cos(), angles.sin()], 1)            # (B, width)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with time, then z, as scale and shift of its second norm; then attention."""
+
+    def __init__(self, c_in, c_out, emb, z_dim, dropout, attention):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(emb, 2 * c_out)
+        self.z = nn.Linear(z_dim, 2 * c_out) if z_dim else None
+        self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.attention = Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, h, emb, z):
+        y = self.norm2(self.conv1(F.silu(self.norm1(h))))
+        for layer, condition in ((self.time, emb), (self.z, z)):
+            if layer is not None:
+                scale, shift = layer(condition)[..., None, None].chunk(2, 1)  # (B, C, 1, 1)
+                y = y * (1 + scale) + shift
+        y = self.conv2(self.dropout(F.silu(y)))
+        return self.attention(self.skip(h) + y)
+
+
+class Attention(nn.Module):
+    """Self-attention over the positions of a feature map, heads of 32 channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads, self.norm = max(1, channels // 32), group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, h):
+        b, c, height, width = h.shape
+        qkv = self.qkv(self.norm(h)).reshape(b, 3, self.heads, -1, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                # (B, heads, HW, c / heads)
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, HW, HW)
+        y = (weights.to(v.dtype) @ v).transpose(-1, -2)          # (B, heads, c / heads, HW)
+        return h + self.out(y.reshape(b, c, height, width))
+
+
+class UNet(nn.Module):
+    """The network of every diffusion model here: (B, C, H, W), t (B,), z (B, Z) -> (B, C, H, W).
+
+    z, if any, enters twice: in every block, and as a map joined to the input.
+    """
+
+    def __init__(self, channels, size, width, mults, blocks, attention, dropout, patch=1,
+                 z_dim=0, z_map=0):
+        super().__init__()
+        self.patch, self.width, self.z_map, emb = patch, width, z_map, 4 * width
+        self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        if z_map:
+            self.map, self.map_conv = nn.Linear(z_dim, z_map * 64), nn.Conv2d(z_map, z_map, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * patch ** 2 + z_map, width, 3, padding=1)
+        self.down, self.up, skips, c_in, size = nn.ModuleList(), nn.ModuleList(), [], width, size // patch
+
+        def block(c_in, c_out, attend):
+            return UNetBlock(c_in, c_out, emb, z_dim, dropout, attend)
+
+        for level, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.down.append(block(c_in, width * mult, size in attention))
+                c_in = width * mult
+                skips.append(c_in)
+            if level < len(mults) - 1:
+                self.down.append(nn.Conv2d(c_in, c_in, 3, stride=2, padding=1))
+                size //= 2
+        self.middle = nn.ModuleList([block(c_in, c_in, True), block(c_in, c_in, False)])
+        for level, mult in reversed(list(enumerate(mults))):
+            for _ in range(blocks):
+                self.up.append(block(c_in + skips.pop(), width * mult, size in attention))
+                c_in = width * mult
+            if level > 0:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                             nn.Conv2d(c_in, c_in, 3, padding=1)))
+                size *= 2
+        self.norm_out = group_norm(c_in)
+        self.conv_out = zero_init(nn.Conv2d(c_in, channels * patch ** 2, 3, padding=1))
+
+    def forward(self, x, t, z=None):
+        emb = self.time(time_embedding(t, self.width))           # (B, 4 width)
+        h = F.pixel_unshuffle(x, self.patch)                     # (B, C p^2, H / p, W / p)
+        if self.z_map:
+            z_map = self.map(z).view(-1, self.z_map, 8, 8)       # (B, c, 8, 8)
+            z_map = F.interpolate(z_map, size=h.shape[2:], mode="bilinear")
+            h = torch.cat([h, self.map_conv(z_map)], 1)          # (B, C p^2 + c, H / p, W / p)
+        h, skips = self.conv_in(h), []
+        for layer in self.down:
+            if isinstance(layer, UNetBlock):
+                h = layer(h, emb, z)
+                skips.append(h)
+            else:
+                h = layer(h)
+        for layer in self.middle:
+            h = layer(h, emb, z)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), emb, z) if isinstance(layer, UNetBlock) else layer(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch)                    # (B, C, H, W)
+
+
+# === §6 Data ===
+
+class UserError(Exception):
+    """Something the user can mend; main() prints it as one line and exits with 2."""
+
+
+def to_tensors(arrays, device):
+    """uint8 rows as data_prep writes them -> the float tensors of DiffMVAE, on the device."""
+    x = {name: torch.as_tensor(a).to(device) for name, a in arrays.items()}
+    convert = {"image": lambda a: a.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1,
+               "mask": lambda a: a.unsqueeze(1).float(), "attr": lambda a: a.float()}
+    return {name: convert[name](a) for name, a in x.items()}     # (B, 3, H, W), (B, 1, H, W), (B, 18)
+
+
+class Data:
+    """Images, masks and attributes of one data set with their splits.
+
+    The uint8 arrays live on the device if they take less than half of its free memory, else
+    they stay memory-mapped on the disk.
+    """
+
+    def __init__(self, arrays, split, toy, device):
+        self.split = {name: np.asarray(rows) for name, rows in split.items()}
+        self.size, self.toy, self.device = arrays["image"].shape[1], toy, device
+        self.arrays = arrays
+        if device.type == "cuda":
+            if sum(a.nbytes for a in arrays.values()) < torch.cuda.mem_get_info(device)[0] / 2:
+                self.arrays = {n: torch.from_numpy(np.array(a)).to(device) for n, a in arrays.items()}
+
+    def rows(self, rows):
+        """Rows by number -> dict of float tensors."""
+        return to_tensors({name: a[rows] for name, a in self.arrays.items()}, self.device)
+
+    def batch(self, size, seed, step):
+        """Training batch `step`, a function of (seed, step): every epoch is a new permutation."""
+        train = self.split["train"]
+        epoch, k = divmod(step, max(1, len(train) // size))
+        order = np.random.default_rng((seed, epoch)).permutation(len(train))
+        return self.rows(train[order[k * size:(k + 1) * size]])
+
+
+TOY_COUNTS = {"train": 10_000, "val": 500, "test": 1000}
+
+
+def toy_data(size, device):
+    """The built-in faces; rows 0.. are train, then val, then test."""
+    ends = np.cumsum([0, *TOY_COUNTS.values()])
+    split = {name: np.arange(a, b) for name, a, b in zip(TOY_COUNTS, ends, ends[1:])}
+    return Data(data_prep.toy_faces(int(ends[-1]), size), split, True, device)
+
+
+def load_data(folder, device):
+    """What data_prep.py wrote to `folder`; UserError if it is missing or does not fit together."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in MODALITIES}
+        n, size = meta["count"], meta["size"]
+        shapes = {"image": (n, size, size, 3), "mask": (n, size, size), "attr": (n, len(ATTRIBUTES))}
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"{name}.npy has shape {arrays[name].shape}, not {shape}")
+        return Data(arrays, meta["split"], False, device)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: not a complete data set of data_prep.py ({error})") from None
+
+
+# === §7 Training ===
+
+def has_fast_bf16(device):
+    """Whether the hardware multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
+
+
+def build(config, device):
+    """A fresh model, a function of config and config.seed, and its EMA copy."""
+    torch.manual_seed(config.seed)
+    model = DiffMVAE(config).to(device)
+    if device.type == "cuda":  # on CPUs the plain layout was faster (README, "Speed")
+        model = model.to(memory_format=torch.channels_last)
+    return model, copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(pairs, decay, step):
+    """ema <- ema + (1 - d) (net - ema), d ramped up from 0.1 at step 0; integers are copied."""
+    d = min(decay, (1 + step) / (10 + step))
+    for average, value in pairs:
+        if average.is_floating_point():
+            average.lerp_(value, 1 - d)
+        else:
+            average.copy_(value)
+
+
+def learning_rate(config, step, total):
+    """Linear warm-up, then a cosine to zero at `total`, or constant."""
+    decay = 0.5 * (1 + math.cos(math.pi * step / total)) if config.lr_schedule == "cosine" else 1.0
+    return config.lr * min(1.0, (step + 1) / config.lr_warmup) * decay
+
+
+def save_checkpoint(path, checkpoint):
+    """Atomic: written beside `path`, flushed to the disk, renamed."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_checkpoint(path, device="cpu"):
+    """Tensors and plain types only; UserError unless it is a whole checkpoint of ours."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no checkpoint yet; train first with --train")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            raise UserError(f"{path}: checkpoint format {checkpoint['format']}, this script reads "
+                            f"{FORMAT}")
+        names = {f.name for f in fields(Config)}
+        if set(checkpoint["config"]) != names:
+            raise UserError(f"{path}: made by another version of this script (its configuration "
+                            f"differs in {', '.join(sorted(names ^ set(checkpoint['config'])))})")
+        return checkpoint
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises many kinds on damaged files
+        raise UserError(f"{path}: not a checkpoint of this script, or damaged "
+                        f"({type(error).__name__})") from None
+
+
+FORMAT = 1
+
+
+def load(checkpoint_path, device="cpu"):
+    """The trained model for notebooks: -> DiffMVAE with the EMA weights, in eval mode."""
+    checkpoint = read_checkpoint(checkpoint_path, device)
+    model = DiffMVAE(Config(**checkpoint["config"])).to(device)
+    model.load_state_dict(checkpoint["ema"])
+    return model.eval()
+
+
+def stage1_loss(model, data, config, step):
+    """One batch through Eq. 5; during the warm-up the diffusion term has weight 1/alpha^2."""
+    if config.decoder == "diffusion":
+        warm = step < config.warmup * config.steps
+        model.decoders["image"].weighting = "v" if warm else config.weighting
+    return model.neg_elbo(data.batch(config.batch_size, config.seed, step))
+
+
+@torch.no_grad()
+def full_posteriors(model, data, rows):
+    """q(z|x) given all modalities, for many rows: -> mu, logvar (N, Z) each."""
+    parts = []
+    for chunk in np.array_split(rows, math.ceil(len(rows) / 256)):
+        with autocast(data.device):
+            parts.append(model.posterior(data.rows(chunk)))
+    return tuple(torch.cat(p) for p in zip(*parts))
+
+
+def stage2_loss(model, posteriors, config, step):
+    """[Sec. 3.4] the auxiliary model's loss on fresh samples of the full posterior."""
+    mu, logvar = posteriors
+    rows = torch.randint(len(mu), (config.aux_batch_size,)).to(mu.device)
+    return {"total": model.aux.nll(gaussian_sample(mu[rows], logvar[rows]))}
+
+
+class Run:
+    """One training: its folder, its weights and how far it is. The state is the checkpoint's."""
+
+    def __init__(self, folder, config, device):
+        self.folder, self.config, self.device = folder, config, device
+        self.model, self.ema = build(config, device)
+        self.stage, self.step, self.optimizer_state = 1, 0, None
+        self.stop = None  # the signal that asked for an end, if any
+
+    def restore(self):
+        """Continue from the folder's checkpoint; lines of the log after it are dropped."""
+        checkpoint = read_checkpoint(self.folder / "checkpoint.pt", self.device)
+        if checkpoint["config"] != asdict(self.config):
+            theirs, ours = checkpoint["config"], asdict(self.config)
+            names = [n for n in ours if ours[n] != theirs[n]]
+            raise UserError(f"{self.folder}: --resume with another {', '.join(names)} than the "
+                            "run was started with; give the same flags, or --overwrite")
+        self.model.load_state_dict(checkpoint["model"])
+        self.ema.load_state_dict(checkpoint["ema"])
+        self.stage, self.step = checkpoint["stage"], checkpoint["step"]
+        self.optimizer_state = checkpoint["optimizer"]
+        log = self.folder / "log.jsonl"
+        kept = [line for line in log.read_text().splitlines(keepends=True)
+                if (row := json.loads(line))["stage"] < self.stage
+                or row["stage"] == self.stage and row["step"] <= self.step]
+        log.write_text("".join(kept))
+
+    def save(self, optimizer):
+        save_checkpoint(self.folder / "checkpoint.pt", {
+            "format": FORMAT, "config": asdict(self.config), "stage": self.stage, "step": self.step,
+            "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+            "optimizer": optimizer.state_dict() if optimizer else None})
+
+    def log(self, **row):
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": self.step, **row}) + "\n")
+
+
+def finite_or_stop(run, terms):
+    """UserError naming the step and the terms that are not finite."""
+    bad = [name for name, value in terms.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise UserError(f"stage {run.stage}, step {run.step}: {', '.join(bad)} not finite; the last "
+                        "checkpoint is kept, a smaller --lr may help")
+
+
+def fit(run, prefixes, total, loss_of, probe=None):
+    """Train the sub-networks named by `prefixes` until step `total`: the loop of both stages.
+
+    All random numbers of a step come from (seed, stage, step), so that resuming needs no
+    generator state. loss_of(step) -> dict of (B,) terms with "total".
+    """
+    config, device = run.config, run.device
+    chosen = [n for n in run.model.state_dict() if n.startswith(prefixes)]
+    params = [p for n, p in run.model.named_parameters() if n.startswith(prefixes)]
+    net, ema = run.model.state_dict(), run.ema.state_dict()
+    pairs = [(ema[name], net[name]) for name in chosen]
+    optimizer = torch.optim.Adam(params, config.lr, fused=device.type in ("cpu", "cuda"))
+    if run.optimizer_state is not None:
+        optimizer.load_state_dict(run.optimizer_state)
+        run.optimizer_state = None
+    sums, count, start = {}, 0, time.time()
+    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", unit="step",
+               mininterval=1, dynamic_ncols=True)
+    run.model.train()
+    while run.step < total and not run.stop:
+        seed = np.random.SeedSequence((config.seed, run.stage, run.step)).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+        with autocast(device):
+            terms = loss_of(run.step)                            # dict of (B,)
+        finite_or_stop(run, terms)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(config, run.step, total)
+        optimizer.zero_grad()
+        terms["total"].mean().backward()                         # the one mean over the batch
+        norm = nn.utils.clip_grad_norm_(params, config.grad_clip)
+        optimizer.step()
+        update_ema(pairs, config.ema, run.step)
+        run.step += 1
+        bar.update()
+        for name, value in {**terms, "grad_norm": norm}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().mean()
+        count += 1
+        if run.step % config.log_every == 0 or run.step == total:
+            means = {name: round(float(value) / count, 3) for name, value in sums.items()}
+            run.log(**means, lr=lr, seconds=round(time.time() - start, 1))
+            bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()})
+            sums, count = {}, 0
+        if probe and (run.step % config.probe_every == 0 or run.step == total):
+            probe()
+            run.model.train()
+        if run.step % config.save_every == 0:
+            run.save(optimizer)
+    bar.close()
+    run.save(optimizer)
+
+
+@torch.no_grad()
+def coherence(model, x):
+    """Figures that show what losses do not, on one batch x of held-out data: -> dict of floats.
+
+    "gap" (nats): how much worse the image decoder does with the z of another sample; near 0 it
+    ignores z. "mask->image" and "attr->image" (F1): the image made from that modality, read by
+    the model's own encoder, against what was given. "image->mask", "image->attr" (F1): as given.
+    """
+    def read(image, name):
+        """What the model's own encoder and decoder see in an image."""
+        return model.decoders[name].sample(model.posterior({"image": image})[0])
+
+    with autocast(x["image"].device):
+        z = gaussian_sample(*model.posterior(x))
+        state = torch.get_rng_state()
+        right = model.decoders["image"].nll(z, x["image"])
+        torch.set_rng_state(state)  # the same noise and times for both
+        wrong = model.decoders["image"].nll(z.roll(1, 0), x["image"])
+        figures = {"gap": (wrong - right).mean().item()}
+        for name in ("mask", "attr"):
+            made = model.sample_conditional({name: x[name]}, sampler="dpm++", steps=10)["image"]
+            figures[f"{name}->image"] = f1_samples(read(made, name), x[name]).mean().item()
+            figures[f"image->{name}"] = f1_samples(read(x["image"], name), x[name]).mean().item()
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
+def train(run, data):
+    """Stage 1: Eq. 5 end to end [Sec. 3.2]. Stage 2: the auxiliary model [Sec. 3.4]."""
+    config = run.config
+    held_out = data.split["val"][:64]
+
+    def probe():
+        figures = coherence(run.ema, data.rows(held_out))
+        run.log(**figures)
+        tqdm.write(f"step {run.step}: " + ", ".join(f"{n} {v}" for n, v in figures.items()))
+        name = run.folder / "samples" / f"train-{run.step:06d}.png"
+        sample_pictures(run.ema, data, name, ["mask"], 4, "dpm++", 10, config.seed, quiet=True)
+
+    if run.stage == 1:
+        fit(run, ("encoders.", "decoders."), config.steps,
+            lambda step: stage1_loss(run.model, data, config, step), probe)
+        if run.stop:
+            return
+        run.stage, run.step = 2, 0
+    posteriors = full_posteriors(run.ema, data, data.split["train"])
+    mu, logvar = posteriors
+    for aux in (run.model.aux, run.ema.aux):  # moments of the samples, in closed form
+        aux.mean.copy_(mu.mean(0))
+        aux.std.copy_((mu.var(0) + logvar.exp().mean(0)).sqrt())
+    fit(run, ("aux.",), config.aux_steps,
+        lambda step: stage2_loss(run.model, posteriors, config, step))
+
+
+# === §8 Sampling to pictures [Secs. 3.3, 3.4] ===
+
+def read_given(tokens, size):
+    """`--given` words -> (names, None) to take from the test split, or (names, x) from files.
+
+    "mask" names a modality of the test split; "mask=face.png", "image=photo.jpg" and
+    "attr=Smiling,Bangs" are the user's own input. UserError on anything else.
+    """
+    pairs = [token.split("=", 1) for token in tokens]
+    names = [pair[0] for pair in pairs]
+    unknown = [name for name in names if name not in MODALITIES]
+    if unknown or len(set(names)) < len(names):
+        raise UserError(f"--given {' '.join(tokens)}: choose from {', '.join(MODALITIES)}, each once")
+    if all(len(pair) == 1 for pair in pairs):
+        return names, None
+    if any(len(pair) == 1 for pair in pairs):
+        raise UserError(f"--given {' '.join(tokens)}: either all from the test split (mask attr) or "
+                        "all your own (mask=face.png attr=Smiling)")
+    return names, {name: read_own(name, value, size) for name, value in pairs}
+
+
+def read_own(name, value, size):
+    """One modality of the user's own: -> (1, ...) tensor. A mask is whatever is not black."""
+    if name == "attr":
+        chosen = [word for word in value.split(",") if word]
+        unknown = [word for word in chosen if word not in ATTRIBUTES]
+        if unknown:
+            raise UserError(f"--given attr: no attribute {', '.join(unknown)}; the model knows "
+                            f"{', '.join(ATTRIBUTES)}")
+        return torch.tensor([[float(word in chosen) for word in ATTRIBUTES]])
+    try:
+        picture = Image.open(value).convert("RGB" if name == "image" else "L")
+    except OSError as error:
+        raise UserError(f"--given {name}={value}: cannot be read as a picture ({error})") from None
+    if name == "mask":
+        picture = picture.point(lambda v: 255 * (v > 0))
+    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+    arrays = {name: pixels[None] if name == "image" else (pixels[None] > 127).astype(np.uint8)}
+    return to_tensors(arrays, "cpu")[name]
+
+
+def words(attr):
+    """One row of attributes (18,) -> the names of those it has."""
+    return [name for name, value in zip(ATTRIBUTES, attr.tolist()) if value > 0.5]
+
+
+def cell(name, value, width, height):
+    """One modality of one item as a picture of width x height; attributes are written out."""
+    if name == "attr":
+        picture = Image.new("RGB", (width, height), "white")
+        lines = [word.replace("_", " ") for word in words(value)] or ["(none of the 18)"]
+        pen, step = ImageDraw.Draw(picture), min(14, (height - 4) // len(lines))
+        for k, line in enumerate(lines):
+            pen.text((4, 2 + k * step), line, "black", font=ImageFont.load_default(min(12, step)))
+        return picture
+    pixels = (value * 255 if name == "mask" else (value + 1) * 127.5).round().clamp(0, 255)
+    pixels = pixels.expand(3, -1, -1).permute(1, 2, 0).to("cpu", torch.uint8).numpy()  # (H, W, 3)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+
+
+def draw_grid(path, title, columns, rows):
+    """Save a labelled grid: columns [(label, name, values)], one value an item; rows: labels."""
+    tile, label, head = 128, 64, 44
+    widths = [168 if name == "attr" else tile for _, name, _ in columns]
+    grid = Image.new("RGB", (label + sum(widths) + 6 * len(columns), head + (tile + 6) * len(rows)),
+                     "white")
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
+    pen.text((6, 4), title, "black", font=font)
+    x = label
+    for (text, name, values), width in zip(columns, widths):
+        pen.text((x + 2, 24), text, "black", font=font)
+        for k, value in enumerate(values):
+            grid.paste(cell(name, value, width, tile), (x, head + k * (tile + 6)))
+        x += width + 6
+    for k, text in enumerate(rows):
+        pen.text((6, head + 8 + k * (tile + 6)), text, "black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+
+
+def sample_pictures(model, data, path, given, num, sampler, steps, seed, prior="aux", own=None,
+                    quiet=False):
+    """Generate, draw the grid at `path` and write what it shows beside it as JSON.
+
+    given: names, [] for unconditional sampling; taken from the first `num` test items, or from
+    `own`, one item that is then sampled `num` times.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, start, columns = data.split["test"][:num] if own is None else [], time.time(), []
+    with autocast(data.device):
+        if not given:
+            made = model.sample_unconditional(num, prior, sampler, steps, generator)
+        else:
+            x = data.rows(rows) if own is None else {n: a.to(data.device) for n, a in own.items()}
+            made = model.sample_conditional({name: x[name] for name in given},
+                                            1 if own is None else num, sampler, steps, generator)
+            x = {name: a.expand(len(made["attr"]), *a.shape[1:]) for name, a in x.items()}
+            columns = [("given: " + name, name, x[name]) for name in given]
+            columns += [(name + " (not given)", name, x[name]) for name in x if name not in given]
+    columns += [("generated: " + name, name, made[name]) for name in MODALITIES]
+    labels = [f"test {k}" for k in rows] or [f"sample {k}" for k in range(len(made["attr"]))]
+    source = " + ".join(given) if given else f"nothing (prior: {prior})"
+    title = f"given {source}; {sampler}, {steps} steps, seed {seed}"
+    draw_grid(path, title, columns, labels)
+    record = {"title": title, "given": given, "rows": [
+        {"item": label, **{text: words(values[k]) for text, name, values in columns if name == "attr"}}
+        for k, label in enumerate(labels)]}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1))
+    if not quiet:
+        print(f"{path}: {len(labels)} rows, {time.time() - start:.1f} s")
+
+
+# === §9 Evaluation ===
+
+def f1_samples(pred, target):
+    """Sample-average F1 of binary predictions: (B, ...), (B, ...) in {0, 1} -> (B,).
+
+    2 TP / (predicted + true positives); 0 where both are empty, as in scikit-learn's
+    average="samples" with its default zero_division.
+    """
+    pred, target = pred.flatten(1) > 0.5, target.flatten(1) > 0.5
+    both = (pred & target).sum(1)
+    return 2 * both / (pred.sum(1) + target.sum(1)).clamp(min=1)
+
+
+class Judge(nn.Module):
+    """Reads attributes and mask off an image; shares nothing with the model it judges.
+
+    forward: (B, 3, H, W) -> features (B, 128), attribute logits (B, 18), mask logits (B, 1, H, W).
+    """
+
+    def __init__(self, size):
+        super().__init__()
+
+        def conv(a, b, stride=1):
+            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+
+        self.body = nn.Sequential(conv(3, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2),
+                                  conv(128, 128))
+        self.features = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(),
+                                      nn.Linear(128 * 64, 128), nn.ReLU())
+        self.attr = nn.Linear(128, len(ATTRIBUTES))
+        self.mask = nn.Sequential(nn.Upsample(scale_factor=2), conv(128, 64),
+                                  nn.Upsample(scale_factor=2), conv(64, 32),
+                                  nn.Conv2d(32, 1, 3, padding=1))
+
+    def forward(self, image):
+        h = self.body(image)
+        features = self.features(h)
+        return features, self.attr(features), self.mask(h)
+
+
+def train_judge(data, seed, steps=900, batch_size=128):
+    """Supervised training on freshly drawn toy faces, or on a real data set's training split."""
+    if data.toy:  # no face that the model has seen: another seed of the generator
+        faces = data_prep.toy_faces(12_000, data.size, seed=1_000_003 + seed)
+        data = Data(faces, {"train": np.arange(12_000)}, True, data.device)
+    torch.manual_seed(seed)
+    judge = Judge(data.size).to(data.device)
+    optimizer = torch.optim.Adam(judge.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for step in tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True):
+        x = data.batch(batch_size, seed, step)
+        with autocast(data.device):
+            _, attr, mask = judge(x["image"])
+        loss = F.binary_cross_entropy_with_logits(attr.float(), x["attr"]) \
+            + F.binary_cross_entropy_with_logits(mask.float(), x["mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+def get_judge(path, data, seed=0):
+    """The judge cached at `path`, trained and saved there first if need be."""
+    if not path.exists():
+        judge = train_judge(data, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, judge.state_dict())
+    judge = Judge(data.size).to(data.device)
+    judge.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
+    return judge.eval()
+
+
+def frechet_distance(a, b):
+    """Between Gaussians fitted to features (N, D) and (M, D): |mu_a - mu_b|^2 + tr(C_a + C_b
+    - 2 (C_a C_b)^1/2). The trace of the root is the sum of the roots of C_a C_b's eigenvalues.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                # (D, D)
+    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace()
+            - 2 * roots.sum()).item()
+
+
+def background(image):
+    """Mean colour of the upper left corner, which no face reaches: (B, 3, H, W) -> (B, 3)."""
+    k = max(1, image.shape[-1] // 10)
+    return image[:, :, :k, :k].mean((2, 3))
+
+
+@torch.no_grad()
+def evaluate(model, judge, data, num, sampler, steps, seed):
+    """Coherence and image distance on `num` test items: -> dict of floats.
+
+    "A -> B" is B generated from A alone. Images are read by the judge; "FD-judge" is the Fréchet
+    distance of its features between generated and real test images, never to be called FID.
+    """
+    rows, out = data.split["test"][:num], {"items": len(data.split["test"][:num])}
+    with autocast(data.device):
+        x = data.rows(rows)
+
+        def in_parts(sample):
+            """sample(start, stop, generator) in parts of 250 -> dict of all, and seconds."""
+            generator, start = torch.Generator().manual_seed(seed), time.time()
+            parts = [sample(k, min(k + 250, len(rows)), generator)
+                     for k in tqdm(range(0, len(rows), 250), leave=False, dynamic_ncols=True)]
+            return {name: torch.cat([p[name] for p in parts]) for name in MODALITIES}, \
+                time.time() - start
+
+        def given(name):
+            return in_parts(lambda a, b, g: model.sample_conditional(
+                {name: x[name][a:b]}, sampler=sampler, steps=steps, generator=g))[0]
+
+        def read(image):
+            parts = [judge(part) for part in image.split(250)]
+            features, attr, mask = (torch.cat(p).float() for p in zip(*parts))
+            return features, (attr > 0).float(), (mask > 0).float()
+
+        def f1(pred, target):
+            return f1_samples(pred, target).mean().item()
+
+        features, attr, mask = read(x["image"])
+        out["judge: attr, real image"], out["judge: mask, real image"] = f1(attr, x["attr"]), f1(mask, x["mask"])
+        for name in MODALITIES:
+            made = given(name)
+            made_features, attr, mask = read(made["image"])
+            out[f"{name} -> image FD-judge"] = frechet_distance(made_features, features)
+            if name == "image":
+                out["image -> attr F1"] = f1(made["attr"], x["attr"])
+                out["image -> mask F1"] = f1(made["mask"], x["mask"])
+                pair = torch.stack([background(made["image"]).flatten(), background(x["image"]).flatten()])
+                out["image -> image background correlation"] = torch.corrcoef(pair)[0, 1].item()
+            else:
+                out[f"{name} -> image judged F1"] = f1({"attr": attr, "mask": mask}[name], x[name])
+        for prior in ("aux", "gaussian"):
+            made, seconds = in_parts(lambda a, b, g: model.sample_unconditional(
+                b - a, prior, sampler, steps, g))
+            made_features, attr, mask = read(made["image"])
+            out[f"nothing ({prior}) -> image FD-judge"] = frechet_distance(made_features, features)
+            out[f"nothing ({prior}) attr agree F1"] = f1(attr, made["attr"])
+            out[f"nothing ({prior}) mask agree F1"] = f1(mask, made["mask"])
+            out[f"nothing ({prior}) seconds"] = seconds
+    return {name: round(value, 4) for name, value in out.items()}
+
+
+# === §10 Command line ===
+
+def parse_args(argv=None):
+    """All flags; those that default to None override the preset's value in Config."""
+    parser = argparse.ArgumentParser(
+        description="Diff-MVAE: train, sample and evaluate. Modes combine, in the order train, "
+                    "sample, eval.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to do").add_argument
+    add("--dataset", choices=["celeba"], required=True,
+        help="the setup: celeba has image, mask and 18 attributes")
+    add("--train", action="store_true", help="train both stages: Eq. 5, then the auxiliary model")
+    add("--sample", choices=["cond", "uncond"], help="write a picture of samples")
+    add("--eval", action="store_true", help="measure coherence with an independent judge")
+    add("--dry-run", action="store_true",
+        help="print configuration and sizes, time one training and one DDIM step, write nothing")
+    add = parser.add_argument_group("where").add_argument
+    add("--data", type=Path, help="folder made by data_prep.py (default: data/<dataset> if it is "
+        "there, else the built-in toy set)")
+    add("--run", type=Path, help="run folder (default: runs/<dataset>[-toy][-variant])")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    add = parser.add_argument_group("model and objective (with --train or --dry-run)").add_argument
+    add("--preset", choices=list(PRESETS), help="sizes and training length (default: small for the "
+        "toy set, paper for prepared data)")
+    add("--decoder", choices=["diffusion", "feedforward"],
+        help="image decoder; feedforward turns Eq. 5 into Eq. 4 (default: diffusion)")
+    add("--weighting", choices=["simple", "likelihood"],
+        help="lambda(t) of Eq. 5: 1 (Diff-MVAE*, default) or g(t)^2 (Diff-MVAE)")
+    add("--prior-expert", action="store_true", default=None,
+        help="multiply N(0, I) into the full subset, as the MoPoE paper's code does")
+    add("--beta", type=positive(float), help="weight of the KL term (default: by preset)")
+    add = parser.add_argument_group("training").add_argument
+    add("--resume", action="store_true", help="continue the run exactly where its checkpoint is")
+    add("--overwrite", action="store_true", help="start over in a run folder that has a checkpoint")
+    length = parser.add_argument_group("training length").add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive(int), help="stage 1 steps (default: by preset)")
+    length.add_argument("--epochs", type=positive(int), help="stage 1 length in passes over the data")
+    add("--aux-steps", type=positive(int), help="stage 2 steps (default: by preset)")
+    add("--batch-size", type=positive(int), help="stage 1 batch (default: by preset)")
+    add("--lr", type=positive(float), help="peak learning rate of Adam (default: by preset)")
+    add("--lr-schedule", choices=["cosine", "constant"],
+        help="after the warm-up: to zero along a cosine (default), or constant")
+    add("--seed", type=int, help="of training, sampling and evaluation (default: 0)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--given", nargs="+", default=[], metavar="NAME[=VALUE]",
+        help="for --sample cond: modalities of the test split (mask attr) or your own "
+             "(image=photo.jpg mask=mask.png attr=Smiling,Bangs)")
+    add("--prior", choices=["aux", "gaussian"], default="aux",
+        help="for --sample uncond: z from the auxiliary model (default) or from N(0, I)")
+    add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: ddim")
+    add("--sampler-steps", type=positive(int), default=50, help="network calls (default: 50)")
+    add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
+    add("--eval-num", type=positive(int), default=500, help="test items of --eval (default: 500)")
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def positive(kind):
+    """An argparse type: a number above zero."""
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+    convert.__name__ = "positive number"
+    return convert
+
+
+OVERRIDES = ("decoder", "weighting", "prior_expert", "beta", "steps", "aux_steps", "batch_size",
+             "lr", "lr_schedule", "seed")
+
+
+def check_args(parser, args):
+    """Combinations that make no sense: one line and exit code 2."""
+    if not (args.train or args.sample or args.eval or args.dry_run):
+        parser.error("nothing to do: give --train, --sample, --eval or --dry-run")
+    if (args.sample == "cond") != bool(args.given):
+        parser.error("--sample cond and --given belong together")
+    if (args.resume or args.overwrite) and not args.train:
+        parser.error("--resume and --overwrite need --train")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    if args.batch_size == 1:
+        parser.error("--batch-size 1: batch normalisation needs at least 2")
+    training = [n for n in ("preset", "prior_expert", "beta", "steps", "epochs", "aux_steps",
+                            "batch_size", "lr", "lr_schedule") if getattr(args, n) is not None]
+    if training and not (args.train or args.dry_run):
+        parser.error(f"--{training[0].replace('_', '-')} needs --train or --dry-run; a trained "
+                     "model keeps its own")
+
+
+def choose(args):
+    """Device, data, configuration and run folder from the flags and from what is on the disk."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = args.data or Path("data") / args.dataset
+    toy = args.data is None and not folder.exists()
+    preset = args.preset or ("small" if toy else "paper")
+    values = dict(PRESETS[preset], dataset=args.dataset)
+    if toy:
+        print(f"*** No data at {folder}: using the built-in TOY FACES (preset {preset}). ***")
+        data = toy_data(values.get("image_size", Config.image_size), device)
+    else:
+        data = load_data(folder, device)
+    values["image_size"] = data.size
+    values.update({n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None})
+    if args.epochs:
+        per_epoch = len(data.split["train"]) // values.get("batch_size", Config.batch_size)
+        values["steps"] = args.epochs * max(1, per_epoch)
+    config = Config(**values)
+    variant = "-feedforward" * (config.decoder == "feedforward") + \
+        "-likelihood" * (config.weighting == "likelihood")
+    run_folder = args.run or Path("runs") / f"{args.dataset}{'-toy' * toy}{variant}"
+    return device, data, config, run_folder
+
+
+def parameter_counts(model):
+    """Millions of parameters by sub-network, as one line."""
+    parts = {**{f"{n} encoder": m for n, m in model.encoders.items()},
+             **{f"{n} decoder": m for n, m in model.decoders.items()}, "auxiliary": model.aux}
+    return ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+                     for name, part in parts.items())
+
+
+def dry_run(config, data, device):
+    """One training step and one DDIM step, timed; nothing is written."""
+    import resource
+    model, _ = build(config, device)
+    print(f"parameters: {parameter_counts(model)}")
+    optimizer = torch.optim.Adam(model.parameters())
+    start = time.time()
+    with autocast(device):
+        terms = model.neg_elbo(data.batch(config.batch_size, config.seed, 0))
+    terms["total"].mean().backward()
+    optimizer.step()
+    print(f"one training step, batch {config.batch_size}: {time.time() - start:.2f} s; " +
+          ", ".join(f"{n} {v.mean().item():.1f}" for n, v in terms.items()) + " nats")
+    start = time.time()
+    with autocast(device):
+        model.eval().sample_conditional(data.rows(data.split["test"][:1]), steps=1)
+    print(f"one DDIM step, 1 picture: {time.time() - start:.2f} s")
+    if device.type == "cuda":
+        print(f"peak GPU memory: {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB")
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+
+
+def run_training(args, config, data, folder, device):
+    """--train: start or continue the run in `folder`. -> 0, or 130/143 when told to stop."""
+    exists = (folder / "checkpoint.pt").exists()
+    if exists and not (args.resume or args.overwrite):
+        raise UserError(f"{folder}: has a checkpoint; --resume continues it, --overwrite starts over")
+    run = Run(folder, config, device)
+    print(f"{folder}: parameters: {parameter_counts(run.model)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if exists and args.resume:
+        run.restore()
+    else:
+        (folder / "log.jsonl").write_text("")
+
+    def stop(number, _):
+        run.stop = number
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(run, data)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    if run.stop:
+        print(f"{folder}: stopped and saved at stage {run.stage}, step {run.step}; go on with "
+              "--resume", file=sys.stderr)
+        return 128 + run.stop
+    print(f"{folder}/checkpoint.pt: trained")
+    return 0
+
+
+def run_sampling(args, model, data, folder):
+    """--sample: one picture of the flags' kind."""
+    names, own = read_given(args.given, data.size)
+    stem = "-".join(["given", *names]) if names else f"uncond-{args.prior}"
+    path = folder / "samples" / f"{stem}{'-own' if own else ''}-seed{args.seed or 0}.png"
+    sample_pictures(model, data, path, names, args.num, args.sampler, args.sampler_steps,
+                    args.seed or 0, args.prior, own)
+
+
+def run_evaluation(args, model, data, folder):
+    """--eval: print the figures and write eval.json."""
+    name = f"judge-{args.dataset}{'-toy' * data.toy}-{data.size}.pt"
+    judge = get_judge(folder.parent / name, data)
+    figures = evaluate(model, judge, data, args.eval_num, args.sampler, args.sampler_steps,
+                       args.seed or 0)
+    print(f"{folder}: {args.sampler}, {args.sampler_steps} steps, seed {args.seed or 0}")
+    for name, value in figures.items():
+        print(f"  {name:40s} {value:8.3f}")
+    record = {"sampler": args.sampler, "steps": args.sampler_steps, "seed": args.seed or 0, **figures}
+    (folder / "eval.json").write_text(json.dumps(record, indent=1))
+
+
+def main(argv=None):
+    """The command line: -> exit code; 2 after one line on stderr for anything the user can mend."""
+    args = parse_args(argv)
+    try:
+        read_given(args.given, 8)  # a wrong word stops here, before any training
+        device, data, config, folder = choose(args)
+        if args.dry_run:
+            print(json.dumps(asdict(config)))
+            dry_run(config, data, device)
+            return 0
+        if args.train and (code := run_training(args, config, data, folder, device)):
+            return code
+        if args.sample or args.eval:
+            model = load(folder / "checkpoint.pt", device)
+            if model.config.image_size != data.size:
+                raise UserError(f"{folder}: trained at {model.config.image_size} px, the data have "
+                                f"{data.size} px")
+        if args.sample:
+            run_sampling(args, model, data, folder)
+        if args.eval:
+            run_evaluation(args, model, data, folder)
+    except (UserError, OSError) as error:
+        print(f"diffmvae.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1248 @@
+"""Tests of diffmvae.py and data_prep.py: one test an equation, then behaviour, then the commands.
+
+    python -m pytest                                       # about 3 minutes on 2 cores, no network
+    DIFFMVAE_REAL_DATA=/folder python -m pytest -k real    # + tests on raw CelebAMask-HQ
+
+Expected values are written down independently of the module: closed forms in float64, numerical
+integration, torch.distributions.
+"""
+import ast
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+import data_prep
+import diffmvae as D
+
+HERE = Path(__file__).parent
+SDE = D.VPSDE()
+
+
+def tiny(**changes):
+    """The smallest model that has every part."""
+    base = D.Config(**{**D.SMALL, **dict(
+        image_size=16, latent=16, image_channels=(8, 16, 16), mask_channels=(8, 8, 16),
+        attr_widths=(32, 32), unet_width=16, unet_mults=(1, 2), unet_blocks=1, unet_attention=(4,),
+        z_map=4, aux_width=16, aux_mults=(1,), batch_size=8, steps=6, aux_steps=4, log_every=2,
+        probe_every=100, save_every=100)})
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def faces():
+    """16 drawn faces at 16x16 as the model's tensors."""
+    return D.to_tensors(data_prep.toy_faces(16, 16, seed=5), "cpu")
+
+
+def model_of(config, seed=0):
+    torch.manual_seed(seed)
+    return D.DiffMVAE(config)
+
+
+def randomise(model, seed=0):
+    """Give every parameter a random value, the zero-initialised ones too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def within(samples, expected, sigmas=5.0):
+    """The mean of independent samples equals `expected` within its standard error."""
+    error = samples.double().std() / math.sqrt(len(samples))
+    assert abs(samples.double().mean().item() - expected) < sigmas * error.item() + 1e-9, \
+        (samples.mean().item(), expected, error.item())
+
+
+# === §1 Gaussians and fusion ===
+
+def test_kl_closed_form():
+    """[Sec. 3.2] 1/2 sum(var + mu^2 - 1 - log var): dims are summed, never averaged."""
+    mu, var = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([[0.3]], dtype=torch.float64)
+    assert D.kl_to_standard_normal(mu, var.log()).item() == pytest.approx(0.4969864022, abs=1e-9)
+    mu, logvar = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    want = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(torch.zeros_like(mu), 1.0)).sum(1)
+    got = D.kl_to_standard_normal(mu, logvar)
+    assert got.shape == (5,) and torch.allclose(got, want, atol=1e-12)
+    twice = D.kl_to_standard_normal(mu.repeat(1, 2), logvar.repeat(1, 2))
+    assert torch.allclose(twice, 2 * got)
+
+
+def test_product_of_experts_is_the_product_on_a_grid():
+    """[Sec. 3.2, Sec. 3.3] N_1 N_2 N_3 renormalised by numerical integration."""
+    mus, variances = np.array([0.5, -1.0, 2.0]), np.array([0.4, 1.5, 3.0])
+    grid = np.linspace(-15, 15, 300_001)
+    for subset in ([1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 1]):
+        log_density = sum(-(grid - m) ** 2 / (2 * v) for m, v, s in zip(mus, variances, subset) if s)
+        p = np.exp(log_density - log_density.max())
+        mean = (p * grid).sum() / p.sum()
+        variance = (p * (grid - mean) ** 2).sum() / p.sum()
+        mu, logvar = D.product_of_experts(torch.tensor(mus).view(1, 3, 1),
+                                          torch.tensor(variances).log().view(1, 3, 1),
+                                          torch.tensor([subset]).bool())
+        assert mu.item() == pytest.approx(mean, abs=1e-6)
+        assert logvar.exp().item() == pytest.approx(variance, abs=1e-6)
+
+
+def test_product_of_experts_contract():
+    """Order-free; absent experts count for nothing even as NaN, in gradients too; none is an error."""
+    mu = torch.randn(4, 3, 5, requires_grad=True)
+    logvar = torch.randn(4, 3, 5)
+    subset = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
+    want = D.product_of_experts(mu, logvar, subset)
+    order = [2, 0, 1]
+    other = D.product_of_experts(mu[:, order], logvar[:, order], subset[:, order])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(want, other))
+    poisoned = mu.masked_fill(~subset.unsqueeze(-1), math.nan)
+    got = D.product_of_experts(poisoned, logvar.masked_fill(~subset.unsqueeze(-1), math.nan), subset)
+    assert all(torch.equal(a, b) for a, b in zip(want, got))
+    got[0].sum().backward()
+    assert torch.isfinite(mu.grad).all() and (mu.grad[~subset] == 0).all()
+    single = D.product_of_experts(mu, logvar, torch.tensor([[0, 1, 0]] * 4).bool())
+    assert torch.allclose(single[0], mu[:, 1]) and torch.allclose(single[1], logvar[:, 1])
+    with pytest.raises(ValueError, match="no expert"):
+        D.product_of_experts(mu, logvar, torch.zeros(4, 3).bool())
+
+
+def test_all_subsets():
+    """The 2^M - 1 non-empty subsets, each once, the full one last."""
+    for m in (1, 2, 3, 4):
+        rows = {tuple(row) for row in D.all_subsets(m).tolist()}
+        assert len(rows) == len(D.all_subsets(m)) == 2 ** m - 1
+        assert all(any(row) for row in rows) and D.all_subsets(m)[-1].all()
+
+
+def test_prior_expert_joins_the_full_subset_only():
+    """[Sec. 3.3] --prior-expert multiplies N(0, I) into the full subset, as MoPoE's code does."""
+    mu, logvar = torch.randn(2, 3, 16).double(), torch.randn(2, 3, 16).double()
+    plain, prior = model_of(tiny()), model_of(tiny(prior_expert=True))
+    full, part = torch.ones(2, 3).bool(), torch.tensor([[1, 0, 1]] * 2).bool()
+    precision = (-logvar).exp().sum(1) + 1
+    got_mu, got_logvar = prior.fuse(mu, logvar, full)
+    assert torch.allclose(got_logvar, -precision.log())
+    assert torch.allclose(got_mu, ((-logvar).exp() * mu).sum(1) / precision)
+    assert torch.equal(prior.fuse(mu, logvar, part)[0], plain.fuse(mu, logvar, part)[0])
+    assert torch.allclose(plain.fuse(mu, logvar, full)[1], -(precision - 1).log())
+
+
+# === §2 Diffusion ===
+
+def test_forward_process_is_the_iterated_kernel():
+    """[Eq. 1] x_t = alpha x_0 + sigma eps: many small Euler steps of the SDE's moments."""
+    n, mean, variance = 400_000, 1.0, 0.0
+    for k in range(n):
+        if k in (n // 10, n // 2):
+            t = torch.tensor(k / n, dtype=torch.float64)
+            assert SDE.alpha(t).item() == pytest.approx(mean, rel=1e-4)
+            assert SDE.sigma(t).item() ** 2 == pytest.approx(variance, rel=1e-4)
+        b = (0.1 + 19.9 * (k + 0.5) / n) / n
+        mean, variance = mean * (1 - b / 2), variance * (1 - b / 2) ** 2 + b
+    one = torch.tensor(1.0, dtype=torch.float64)
+    assert SDE.alpha(one).item() == pytest.approx(mean, rel=1e-3)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert torch.allclose(SDE.alpha(t) ** 2 + SDE.sigma(t) ** 2, torch.ones_like(t), atol=1e-12)
+
+
+def test_ddpm_schedule():
+    """[Eq. 1] alpha_bar agrees with the product over 1000 linear betas from 1e-4 to 0.02."""
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    mine = (SDE.alpha(t) ** 2).numpy()
+    assert np.abs(mine - alpha_bar).max() < 2e-3 and 3e-5 < mine[-1] < 5e-5
+
+
+def test_log_snr_and_its_inverse():
+    t = torch.linspace(1e-3, 1, 500, dtype=torch.float64)
+    want = torch.log(SDE.alpha(t) ** 2 / SDE.sigma(t) ** 2)
+    assert torch.allclose(SDE.log_snr(t), want, atol=1e-9)
+    assert torch.allclose(SDE.time_of(SDE.log_snr(t)), t, atol=1e-9)
+
+
+def quadrature(f, n=400_001):
+    """int f(t) dt over [t_min, 1], on a grid regular in log t; f takes and returns NumPy arrays."""
+    t = np.exp(np.linspace(math.log(SDE.t_min), 0.0, n))
+    return np.trapezoid(f(t), t)
+
+
+def beta_over_variance(t):
+    integral = 0.1 * t + 9.95 * t ** 2
+    return (0.1 + 19.9 * t) / (1 - np.exp(-integral))
+
+
+def test_importance_sampling_of_time():
+    """[Eq. 2] t ~ beta/sigma^2 normalised; the weight keeps 1/2 and the normaliser (19.17)."""
+    torch.manual_seed(0)
+    t, weight = SDE.draw_time(200_000, "likelihood", "cpu")
+    normaliser = quadrature(beta_over_variance)
+    assert normaliser == pytest.approx(19.17, abs=0.01)
+    assert torch.allclose(weight, torch.full_like(weight, 0.5 * normaliser), rtol=1e-4)
+    for edge in (0.002, 0.01, 0.1, 0.5, 0.9):
+        below = quadrature(lambda s: beta_over_variance(s) * (s < edge)) / normaliser
+        assert (t < edge).float().mean().item() == pytest.approx(below, abs=2e-3)
+
+
+def test_uniform_time_and_its_weights():
+    """[Eq. 1] lambda = 1: t uniform on [t_min, 1], weight 1; the warm-up has 1/alpha^2."""
+    torch.manual_seed(0)
+    t, weight = SDE.draw_time(100_000, "simple", "cpu")
+    assert (weight == 1).all() and t.min() >= 1e-3 and t.max() <= 1
+    assert t.mean().item() == pytest.approx(0.5005, abs=1e-4)
+    assert t.var().item() == pytest.approx(0.999 ** 2 / 12, rel=1e-3)
+    t, weight = SDE.draw_time(1000, "v", "cpu")
+    assert torch.allclose(weight * torch.exp(-(0.1 * t + 9.95 * t ** 2)), torch.ones(1000), rtol=1e-4)
+    first = torch.stack([SDE.draw_time(8, "simple", "cpu")[0] for _ in range(20_000)])[:, 0]
+    assert first.mean().item() == pytest.approx(0.5005, abs=0.01)  # each place is uniform
+
+
+def test_loss_is_the_weighted_integral():
+    """[Eq. 2] E loss = int 1/2 beta ||score - s||^2 dt for a network with a known error."""
+    torch.manual_seed(0)
+    x0 = 0.5 * torch.ones(200_000, 3)
+    got = SDE.loss(lambda x_t, t: 0.3 * x_t, x0, "likelihood")
+    # eps - 0.3 x_t = (1 - 0.3 sigma) eps - 0.3 alpha x_0, three dims, summed
+
+    def error(t):
+        alpha2 = np.exp(-(0.1 * t + 9.95 * t ** 2))
+        return 3 * ((1 - 0.3 * np.sqrt(1 - alpha2)) ** 2 + 0.09 * alpha2 * 0.25)
+    want = quadrature(lambda t: 0.5 * beta_over_variance(t) * error(t))
+    assert got.shape == (200_000,)
+    within(got, want)
+    got = SDE.loss(lambda x_t, t: 0.3 * x_t, x0, "simple")
+    within(got, quadrature(error) / (1 - SDE.t_min))             # [Eq. 1] no 1/2, no 1/sigma^2
+
+
+def test_v_and_eps():
+    """eps_from_v inverts v = alpha eps - sigma x_0; the warm-up weight makes it the error of v."""
+    x0, eps, t = torch.randn(50, 3), torch.randn(50, 3), torch.rand(50)
+    alpha, sigma = SDE.alpha(t)[:, None], SDE.sigma(t)[:, None]
+    x_t, v = alpha * x0 + sigma * eps, alpha * eps - sigma * x0
+    assert torch.allclose(SDE.eps_from_v(v, x_t, t), eps, atol=1e-5)
+    guess = v + 0.1 * torch.randn_like(v)
+    error = (eps - SDE.eps_from_v(guess, x_t, t)).square() / alpha ** 2
+    assert torch.allclose(error, (v - guess).square(), rtol=1e-3, atol=1e-5)
+
+
+def gaussian_eps(mean, variance):
+    """The exact eps of data N(mean, variance): sigma (x - alpha m) / (alpha^2 v + sigma^2)."""
+    def eps_net(x, t):
+        alpha, sigma = (D.per_sample(a, x) for a in (SDE.alpha(t), SDE.sigma(t)))
+        return sigma * (x - alpha * mean) / (alpha ** 2 * variance + sigma ** 2)
+    return eps_net
+
+
+def draw(sampler, steps, eps_net, n=4000, dim=1, clamp=False):
+    noise = D.Noise(n, torch.Generator().manual_seed(0))
+    return D.sample_diffusion(SDE, eps_net, (dim,), sampler, steps, noise, clamp)
+
+
+@pytest.mark.parametrize("sampler,steps,tolerance", [
+    *[(s, n, 2e-4) for s in ("ddim", "ddpm", "dpm++") for n in (1, 7, 50)],
+    ("euler-maruyama", 2000, 0.03)])  # a first-order discretisation, exact only in the limit
+def test_samplers_point_mass(sampler, steps, tolerance):
+    """Data at one point m: every sampler must return m, the exact ones in any number of steps."""
+    x = draw(sampler, steps, gaussian_eps(0.6, 0.0), n=50)
+    assert (x - 0.6).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("sampler,steps,tolerance", [
+    ("ddim", 400, 0.02), ("dpm++", 60, 0.02), ("ddpm", 400, 0.02), ("euler-maruyama", 800, 0.03)])
+def test_samplers_gaussian(sampler, steps, tolerance):
+    """Data N(0.3, 0.25): mean and variance come back."""
+    x = draw(sampler, steps, gaussian_eps(0.3, 0.25), n=8000)
+    assert x.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert x.var().item() == pytest.approx(0.25, abs=tolerance)
+
+
+def test_samplers_converge_at_their_order():
+    """DDIM and DPM-Solver++ follow the same ODE; the second-order solver is closer to its end."""
+    fine = draw("ddim", 4000, gaussian_eps(0.3, 0.25), n=64)
+    coarse = {s: (draw(s, 20, gaussian_eps(0.3, 0.25), n=64) - fine).abs().mean() for s in ("ddim", "dpm++")}
+    assert coarse["dpm++"] < 0.5 * coarse["ddim"] < 0.1
+
+
+@pytest.mark.parametrize("sampler,first,last", [
+    ("ddim", 1.0, 0.02), ("ddpm", 1.0, 0.02), ("dpm++", 1.0, 1e-3),
+    ("euler-maruyama", 1.0, 1 - 49 * 0.999 / 50)])
+def test_samplers_times(sampler, first, last):
+    """A network that records t: N calls for N steps, from t = 1 down, never below t_min."""
+    seen = []
+
+    def spy(x, t):
+        assert t.shape == (len(x),)
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+    draw(sampler, 50, spy, n=3)
+    assert len(seen) == 50 and seen[0] == pytest.approx(first) and seen[-1] == pytest.approx(last, rel=1e-4)
+    assert all(a > b for a, b in zip(seen, seen[1:])) and min(seen) >= SDE.t_min - 1e-9
+    if sampler in ("ddim", "ddpm"):
+        assert np.allclose(seen, 1 - np.arange(50) / 50, atol=1e-6)
+
+
+def test_sampler_arguments():
+    for sampler, steps in (("nonsense", 5), ("ddim", 0)):
+        with pytest.raises(ValueError, match="at least 1 step"):
+            draw(sampler, steps, gaussian_eps(0, 1))
+    inside = draw("ddim", 5, gaussian_eps(3.0, 0.0), clamp=True)
+    assert inside.max() <= 1 and draw("ddim", 5, gaussian_eps(3.0, 0.0)).max() > 2
+
+
+def test_noise_rows_depend_on_their_own_seed():
+    long, short = (D.Noise(n, torch.Generator().manual_seed(3)) for n in (40, 5))
+    for shape in ((7,), (2, 3)):
+        a, b = long(*shape), short(*shape)
+        assert torch.equal(a[:5], b) and not torch.equal(a[0], a[1])
+    assert abs(long(1000).std().item() - 1) < 0.02
+
+
+# === §3 Eq. 5 ===
+
+WEIGHTS, STDS, POINT = (1.0, -0.8, 0.9), (0.6, 0.5, 0.7), (1.2, 0.3, -0.4)  # x_i = w_i z + s_i n
+
+
+class LinearExpert(nn.Module):
+    """Expert i of the linear-Gaussian model; the prior's precision is shared out over the three,
+    so that the product of all is the exact posterior and no other product is."""
+
+    def __init__(self, i):
+        super().__init__()
+        self.precision = WEIGHTS[i] ** 2 / STDS[i] ** 2 + 1 / 3
+        self.factor = WEIGHTS[i] / STDS[i] ** 2 / self.precision
+
+    def forward(self, x):
+        return self.factor * x, torch.full_like(x, -math.log(self.precision))
+
+
+class LinearDecoder(nn.Module):
+    """The exact log-likelihood of modality i."""
+
+    def __init__(self, i):
+        super().__init__()
+        self.i = i
+
+    def nll(self, z, x):
+        return -Normal(WEIGHTS[self.i] * z, STDS[self.i]).log_prob(x).squeeze(1)
+
+
+class ExactScoreDecoder(D.DiffusionDecoder):
+    """The real diffusion decoder with the exact score of modality 0 in place of its network."""
+
+    def __init__(self):
+        super().__init__(tiny(weighting="likelihood"))
+
+    def eps(self, x_t, t, z):
+        return gaussian_eps(WEIGHTS[0] * z, STDS[0] ** 2)(x_t, t)
+
+
+def bound_constants(mu, variance):
+    """What Eq. 5 leaves out for modality 0, E over z ~ N(mu, variance), in closed form:
+    KL(q(x_1|x) || p(x_1|z)) at the noisy end plus E[-log p(x|x_s, z)] at s = t_min."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    z, weights = mu + math.sqrt(variance) * nodes, weights / weights.sum()
+    alpha, sigma = (f(torch.tensor([SDE.t_min, 1.0], dtype=torch.float64)).numpy() for f in (SDE.alpha, SDE.sigma))
+    x, m, v = POINT[0], WEIGHTS[0] * z, STDS[0] ** 2
+    marginal = alpha[1] ** 2 * v + sigma[1] ** 2
+    prior = 0.5 * (math.log(marginal / sigma[1] ** 2) - 1
+                   + (sigma[1] ** 2 + alpha[1] ** 2 * (x - m) ** 2) / marginal)
+    posterior = 1 / (1 / v + alpha[0] ** 2 / sigma[0] ** 2)      # variance of x given x_s, z
+    slope = posterior * alpha[0] / sigma[0] ** 2                 # of its mean in x_s
+    offset = posterior * m / v
+    squared = (x - slope * alpha[0] * x - offset) ** 2 + (slope * sigma[0]) ** 2
+    reconstruction = 0.5 * math.log(2 * math.pi * posterior) + squared / (2 * posterior)
+    return float((weights * (prior + reconstruction)).sum())
+
+
+def log_evidence():
+    """log p(x) of the linear-Gaussian model: x ~ N(0, w w' + diag s^2)."""
+    w, cov = np.array(WEIGHTS), np.outer(WEIGHTS, WEIGHTS) + np.diag(np.square(STDS))
+    x = np.array(POINT)
+    return -0.5 * (x @ np.linalg.solve(cov, x) + np.linalg.slogdet(2 * np.pi * cov)[1])
+
+
+def test_eq5_is_log_evidence_for_the_exact_posterior(monkeypatch):
+    """[Eq. 5] on a linear-Gaussian multimodal model: the bound plus its constants equals log p(x)
+    for the full subset, where q is exact; for another subset A it is lower by KL(q_A || p(z|x))."""
+    model = model_of(tiny(beta=1.0, attr_weight=1.0))
+    model.encoders = nn.ModuleDict({n: LinearExpert(i) for i, n in enumerate(D.MODALITIES)})
+    model.decoders = nn.ModuleDict({"image": ExactScoreDecoder(), "mask": LinearDecoder(1),
+                                    "attr": LinearDecoder(2)})
+    x = {name: torch.full((400_000, 1), value) for name, value in zip(D.MODALITIES, POINT)}
+    everything, one = D.all_subsets(3), {name: value[:1] for name, value in x.items()}
+    exact = model.fuse(*model.encode(one), torch.ones(1, 3).bool())
+    for subset in everything:
+        monkeypatch.setattr(D, "all_subsets", lambda m: subset[None])
+        torch.manual_seed(0)
+        terms = model.neg_elbo(x)
+        mu, logvar = model.fuse(*model.encode(one), subset[None])
+        bound = -terms["total"] - bound_constants(mu.item(), logvar.exp().item())
+        gap = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(exact[0], (0.5 * exact[1]).exp()))
+        within(bound, log_evidence() - gap.item())
+        assert bound.std() / 400_000 ** 0.5 < 0.03               # the estimate is sharp
+        assert gap < 1e-6 if subset.all() else gap > 0.1
+
+
+def test_eq4_elbo_is_tight():
+    """[Eq. 3, Eq. 4] one modality, feed-forward: E_q log p(x|z) - KL = log p(x) for the exact q."""
+    w, s, x = 1.7, 0.6, 0.9
+    variance = 1 / (1 + w ** 2 / s ** 2)
+    mu = variance * w * x / s ** 2
+    expected = -0.5 * math.log(2 * math.pi * s ** 2) - ((x - w * mu) ** 2 + w ** 2 * variance) / (2 * s ** 2)
+    kl = D.kl_to_standard_normal(torch.tensor([[mu]]), torch.tensor([[variance]]).log()).item()
+    want = Normal(0.0, math.sqrt(w ** 2 + s ** 2)).log_prob(torch.tensor(x)).item()
+    assert expected - kl == pytest.approx(want, abs=1e-5) == pytest.approx(-1.632881, abs=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["diffusion", "feedforward"])
+def test_neg_elbo_terms(faces, decoder):
+    """[Eq. 5] and, with a feed-forward image decoder, [Eq. 4]: terms (B,), weighted and summed."""
+    config = tiny(decoder=decoder, beta=0.3, attr_weight=7.0)
+    model = randomise(model_of(config))
+    torch.manual_seed(1)
+    terms = model.neg_elbo(faces)
+    assert set(terms) == {"image", "mask", "attr", "kl", "total"}
+    assert all(value.shape == (16,) for value in terms.values())
+    want = terms["image"] + terms["mask"] + 7 * terms["attr"] + 0.3 * terms["kl"]
+    assert torch.allclose(terms["total"], want)
+    mu, logvar = model.encode(faces)
+    kls = []
+    for subset in ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]):
+        keep = [i for i in range(3) if subset[i]]
+        precision = (-logvar[:, keep]).exp().sum(1)
+        mean = ((-logvar[:, keep]).exp() * mu[:, keep]).sum(1) / precision
+        q = Independent(Normal(mean, precision ** -0.5), 1)
+        kls.append(kl_divergence(q, Independent(Normal(torch.zeros(16), torch.ones(16)), 1)))
+    assert torch.allclose(terms["kl"], torch.stack(kls).mean(0), rtol=1e-4)  # omega = 1/7
+
+
+def test_subsets_are_drawn_uniformly_per_sample(faces, monkeypatch):
+    """[Eq. 5] omega_A = 1/7, one draw a sample."""
+    model, seen, original = randomise(model_of(tiny())), [], D.product_of_experts
+
+    def spy(mu, logvar, subset):
+        seen.append(subset)
+        return original(mu, logvar, subset)
+    monkeypatch.setattr(D, "product_of_experts", spy)
+    x = {name: value.repeat(50, *[1] * (value.dim() - 1)) for name, value in faces.items()}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.neg_elbo(x)
+    codes, counts = seen[0].float().mul(torch.tensor([1.0, 2.0, 4.0])).sum(1).unique(return_counts=True)
+    assert codes.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert all(abs(c / 800 - 1 / 7) < 0.05 for c in counts.tolist())
+
+
+def test_likelihoods_against_torch_distributions(faces):
+    """[Eq. 4] Bernoulli for mask and attributes, Gaussian of variance 1/2 for images, in nats."""
+    model = randomise(model_of(tiny(decoder="feedforward")))
+    z = torch.randn(16, 16)
+    for name in ("mask", "attr"):
+        logits = model.decoders[name].net(z)
+        want = -Bernoulli(logits=logits).log_prob(faces[name]).flatten(1).sum(1)
+        assert torch.allclose(model.decoders[name].nll(z, faces[name]), want, rtol=1e-5)
+        assert torch.equal(model.decoders[name].sample(z), (logits.sigmoid() > 0.5).float())
+    mean = model.decoders["image"].net(z)
+    want = -Normal(mean, math.sqrt(0.5)).log_prob(faces["image"]).flatten(1).sum(1)
+    assert torch.allclose(model.decoders["image"].nll(z, faces["image"]), want, rtol=1e-5)
+
+
+def test_loss_at_initialisation(faces):
+    """[Eq. 1] the output layer starts at zero, so v = 0 and eps_hat = sigma x_t: known loss."""
+    decoder = model_of(tiny()).decoders["image"]
+    x = faces["image"][:1].expand(512, -1, -1, -1)
+    torch.manual_seed(0)
+    got = decoder.nll(torch.randn(512, 16), x)
+    # eps - sigma x_t = alpha (alpha eps - sigma x_0), 768 dims
+
+    def error(t):
+        alpha2 = np.exp(-(0.1 * t + 9.95 * t ** 2))
+        return alpha2 * (768 * alpha2 + (1 - alpha2) * x[0].square().sum().item())
+    within(got, quadrature(error) / (1 - SDE.t_min))
+
+
+def test_auxiliary_loss_is_on_standardised_samples():
+    """[Sec. 3.4] z0 = (z - mean) / std enters Eq. 1; sampling undoes the standardisation."""
+    aux, seen = model_of(tiny()).aux, []
+    aux.mean.fill_(3.0)
+    aux.std.fill_(2.0)
+    z = 3 + 2 * torch.randn(64, 16)
+    aux.sde.loss = lambda eps_net, x0, weighting: seen.append((x0, weighting)) or torch.zeros(64)
+    aux.nll(z)
+    assert seen[0][1] == "simple" and torch.allclose(seen[0][0].flatten(1), (z - 3) / 2)
+    aux = model_of(tiny()).aux
+    aux.eps = gaussian_eps(0.0, 1.0)
+    aux.mean.fill_(3.0)
+    aux.std.fill_(2.0)
+    z = aux.sample(D.Noise(4000, torch.Generator().manual_seed(0)), "dpm++", 40)
+    assert z.shape == (4000, 16)
+    assert abs(z.mean().item() - 3) < 0.05 and abs(z.std().item() - 2) < 0.05
+
+
+# === §4 The model's behaviour ===
+
+SUBSETS = [[n for n, keep in zip(D.MODALITIES, row) if keep] for row in D.all_subsets(3).tolist()]
+
+
+@pytest.mark.parametrize("given", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("decoder", ["diffusion", "feedforward"])
+def test_every_subset_to_everything(faces, given, decoder):
+    """[Sec. 3.3] shapes, ranges and kinds of what comes out, n results an item."""
+    model = randomise(model_of(tiny(decoder=decoder)))
+    made = model.sample_conditional({n: faces[n][:3] for n in given}, n=2, steps=3,
+                                    generator=torch.Generator().manual_seed(0))
+    assert made["image"].shape == (6, 3, 16, 16) and made["image"].abs().max() <= 1
+    assert made["mask"].shape == (6, 1, 16, 16) and made["attr"].shape == (6, 18)
+    assert set(made["mask"].unique().tolist()) | set(made["attr"].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_conditional_z_is_a_sample_of_the_product(faces):
+    """[Sec. 3.3] z ~ prod_i q(z|x_i) of what is given, with its mean and variance."""
+    model, seen = randomise(model_of(tiny())), []
+    model.decode = lambda z, noise, sampler, steps: seen.append(z)
+    given = {n: faces[n][:1] for n in ("mask", "attr")}
+    model.sample_conditional(given, n=20_000, generator=torch.Generator().manual_seed(0))
+    mu, logvar = D.product_of_experts(
+        torch.stack([model.encoders[n](given[n])[0] for n in given], 1),
+        torch.stack([model.encoders[n](given[n])[1] for n in given], 1), torch.ones(1, 2).bool())
+    assert torch.allclose(seen[0].mean(0), mu[0], atol=0.05)
+    assert torch.allclose(seen[0].var(0), logvar[0].exp(), rtol=0.1)
+
+
+@pytest.mark.parametrize("sampler", list(D.SAMPLERS))
+def test_a_picture_depends_on_its_own_seed_not_its_batch(faces, sampler):
+    model = randomise(model_of(tiny()))
+    many, few = (model.sample_conditional({"mask": faces["mask"][:n]}, sampler=sampler, steps=4,
+                                          generator=torch.Generator().manual_seed(7)) for n in (6, 2))
+    assert torch.allclose(many["image"][:2], few["image"], atol=1e-4)
+    other = model.sample_unconditional(2, steps=4, generator=torch.Generator().manual_seed(8))
+    again = model.sample_unconditional(5, steps=4, generator=torch.Generator().manual_seed(8))
+    assert torch.allclose(other["image"], again["image"][:2], atol=1e-4)
+    assert not torch.allclose(many["image"][0], many["image"][1], atol=1e-2)
+
+
+def test_priors_differ():
+    """[Sec. 3.4] "gaussian" decodes N(0, I), "aux" the auxiliary model's samples."""
+    model, seen = randomise(model_of(tiny())), []
+    model.aux.mean.fill_(5.0)
+    model.decode = lambda z, noise, sampler, steps: seen.append(z)
+    for prior in ("aux", "gaussian"):
+        model.sample_unconditional(500, prior, steps=2, generator=torch.Generator().manual_seed(0))
+    assert seen[0].mean() > 3 and abs(seen[1].mean()) < 0.05 and abs(seen[1].std() - 1) < 0.05
+
+
+def test_absent_modalities_are_never_read(faces):
+    """Rows outside the subset may be NaN: nothing changes, gradients included."""
+    model = randomise(model_of(tiny()))
+    subset = torch.tensor([[1, 0, 1], [0, 1, 0]] * 8).bool()
+    poisoned = {n: x.masked_fill(~subset[:, i].view(-1, *[1] * (x.dim() - 1)), math.nan)
+                for i, (n, x) in enumerate(faces.items())}
+    want, got = model.posterior(faces, subset), model.posterior(poisoned, subset)
+    assert all(torch.equal(a, b) and torch.isfinite(b).all() for a, b in zip(want, got))
+    (got[0].sum() + got[1].sum()).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    only = model.posterior({"attr": faces["attr"]})
+    assert torch.allclose(only[0], model.encoders["attr"](faces["attr"])[0], atol=1e-6)
+
+
+def test_samples_of_a_batch_do_not_mix(faces):
+    """In eval mode, changing sample 3 moves its own terms only."""
+    model = randomise(model_of(tiny()))
+
+    def terms(x):
+        torch.manual_seed(2)
+        with torch.no_grad():
+            return model.neg_elbo(x)
+    other = {n: x.clone() for n, x in faces.items()}
+    other["image"][3], other["mask"][3], other["attr"][3] = -other["image"][3], 0, 1
+    for a, b in zip(terms(faces).values(), terms(other).values()):
+        moved = ((a - b).abs() > 1e-3).nonzero().flatten().tolist()
+        assert moved in ([3], [])
+    assert (terms(faces)["total"] - terms(other)["total"])[3].abs() > 1e-3
+
+
+def test_wrong_data_is_named(faces):
+    model = model_of(tiny())
+    for x, word in (({}, "expected some of"), ({"sound": faces["attr"]}, "sound"),
+                    ({"mask": faces["image"]}, "mask"), ({"attr": faces["attr"][:, :5]}, "attr")):
+        with pytest.raises(ValueError, match=word):
+            model.posterior(x)
+
+
+@pytest.mark.parametrize("weighting", ["simple", "likelihood"])
+def test_gradients_reach_everything(faces, weighting):
+    """[Eq. 5] end to end: the diffusion term alone moves every encoder; all parameters learn."""
+    model = randomise(model_of(tiny(weighting=weighting))).train()
+    torch.manual_seed(0)
+    model.neg_elbo(faces)["image"].mean().backward()
+    for name in D.MODALITIES:
+        norms = [p.grad.norm().item() for p in model.encoders[name].parameters()]
+        assert min(norms) >= 0 and sum(norms) > 0, name
+    model.neg_elbo(faces)["total"].mean().backward()
+    model.aux.nll(torch.randn(16, 16)).mean().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_unet_uses_time_and_z():
+    unet = randomise(model_of(tiny())).decoders["image"].unet
+    x, t, z = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.2]), torch.randn(2, 16)
+    base = unet(x, t, z)
+    assert base.shape == x.shape
+    assert not torch.allclose(base, unet(x, t + 0.5, z), atol=1e-3)
+    assert not torch.allclose(base, unet(x, t, -z), atol=1e-3)
+
+
+def test_published_sizes():
+    """[Sec. 4.2] latent 256 at 128x128; the image encoder is Soft-IntroVAE's of 18.46 M."""
+    config = D.Config()
+    assert (config.image_size, config.latent) == (128, 256)
+    with torch.device("meta"):
+        model = D.DiffMVAE(config)
+    count = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in
+             (("encoder", model.encoders["image"]), ("unet", model.decoders["image"]))}
+    assert count["encoder"] == pytest.approx(18.46, abs=0.01) and 20 < count["unet"] < 45
+    assert model.aux.shape == (1, 16, 16)
+
+
+def test_overfits_one_batch(faces):
+    """Every term of Eq. 5 falls far below its start on eight fixed faces."""
+    model = model_of(tiny(latent=16)).train()
+    x = {n: a[:8] for n, a in faces.items()}
+    optimizer, history = torch.optim.Adam(model.parameters(), 3e-3), []
+    for step in range(250):
+        torch.manual_seed(step)
+        terms = model.neg_elbo(x)
+        optimizer.zero_grad()
+        terms["total"].mean().backward()
+        optimizer.step()
+        history.append({n: v.mean().item() for n, v in terms.items()})
+    first, last = ({n: np.mean([row[n] for row in rows]) for n in history[0]}
+                   for rows in (history[:5], history[-30:]))
+    assert last["image"] < 0.6 * first["image"] and last["mask"] < 0.5 * first["mask"]
+    assert last["attr"] < 0.4 * first["attr"]
+
+
+# === §5 Training ===
+
+def start(tmp_path, **changes):
+    """A tiny run on 64 toy faces."""
+    device = torch.device("cpu")
+    split = {"train": np.arange(40), "val": np.arange(40, 52), "test": np.arange(52, 64)}
+    data = D.Data(data_prep.toy_faces(64, 16), split, True, device)
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "log.jsonl").touch()
+    return D.Run(tmp_path, tiny(**changes), device), data
+
+
+def weights(path):
+    checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
+    return {(kind, n): v for kind in ("model", "ema") for n, v in checkpoint[kind].items()}
+
+
+@pytest.mark.parametrize("stop_at", [(1, 3), (2, 2)])
+def test_resume_is_bitwise(tmp_path, stop_at):
+    """N steps equal k steps + resume + N - k steps, weights and averages, in either stage."""
+    run, data = start(tmp_path / "whole")
+    D.train(run, data)
+    run, data = start(tmp_path / "parts")
+    original = D.learning_rate
+
+    def stopping(config, step, total):  # asks for an end during step `stop_at`
+        if (run.stage, step + 1) == stop_at:
+            run.stop = signal.SIGTERM
+        return original(config, step, total)
+    D.learning_rate = stopping
+    try:
+        D.train(run, data)
+    finally:
+        D.learning_rate = original
+    assert (run.stage, run.step) == stop_at
+    run, data = start(tmp_path / "parts")
+    run.restore()
+    assert (run.stage, run.step) == stop_at
+    D.train(run, data)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    steps = [[(r["stage"], r["step"], r.get("total")) for r in map(json.loads, open(p / "log.jsonl"))]
+             for p in (tmp_path / "whole", tmp_path / "parts")]
+    assert steps[0][-1] == steps[1][-1]
+    fresh = weights_of_fresh = D.Run(tmp_path / "x", tiny(), torch.device("cpu")).model.state_dict()
+    assert any(not torch.equal(fresh[n], whole["model", n]) for n in weights_of_fresh)
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(tmp_path):
+    results = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run, data = start(tmp_path / name, seed=seed, steps=3, aux_steps=2)
+        D.train(run, data)
+        results.append(weights(tmp_path / name))
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    assert any(not torch.equal(results[0][k], results[2][k]) for k in results[0])
+
+
+def test_ema_closed_form():
+    """Averaging a constant 1 from 0 leaves prod d_k of the 0; the ramp and the limit hold."""
+    average, count = torch.zeros(3), torch.zeros((), dtype=torch.long)
+    left = 1.0
+    for step in range(50):
+        D.update_ema([(average, torch.ones(3)), (count, torch.tensor(step))], 0.8, step)
+        left *= min(0.8, (1 + step) / (10 + step))
+    assert torch.allclose(average, torch.full((3,), 1 - left)) and count == 49
+
+
+def test_load_gives_the_averaged_weights(tmp_path):
+    run, data = start(tmp_path)
+    D.train(run, data)
+    model = D.load(tmp_path / "checkpoint.pt")
+    saved = weights(tmp_path)
+    assert not model.training and model.config == run.config
+    assert all(torch.equal(v, saved["ema", n]) for n, v in model.state_dict().items())
+    assert any(not torch.equal(v, saved["model", n]) for n, v in model.state_dict().items())
+
+
+def test_learning_rate():
+    """Linear warm-up, cosine to zero, or constant."""
+    config = tiny(lr=1.0, lr_warmup=10)
+    assert D.learning_rate(config, 0, 1000) == pytest.approx(0.1)
+    assert D.learning_rate(config, 500, 1000) == pytest.approx(0.5)
+    assert D.learning_rate(config, 999, 1000) == pytest.approx(0.0, abs=1e-5)
+    constant = replace(config, lr_schedule="constant")
+    assert D.learning_rate(constant, 999, 1000) == 1.0 and D.learning_rate(constant, 4, 1000) == 0.5
+
+
+def test_batches_are_a_function_of_seed_and_step(tmp_path):
+    """Every epoch visits every training row at most once, in a new order."""
+    _, data = start(tmp_path)
+    data.arrays = dict(data.arrays, attr=np.arange(64, dtype=np.uint8)[:, None].repeat(18, 1))
+    epoch = torch.cat([data.batch(8, 0, step)["attr"][:, 0] for step in range(5)])
+    assert sorted(epoch.tolist()) == list(range(40))
+    again = torch.cat([data.batch(8, 0, step)["attr"][:, 0] for step in range(5, 10)])
+    assert sorted(again.tolist()) == list(range(40)) and not torch.equal(epoch, again)
+    assert torch.equal(data.batch(8, 0, 7)["attr"][:, 0], again[16:24])
+    assert not torch.equal(data.batch(8, 1, 0)["attr"][:, 0], epoch[:8])
+
+
+def test_warmup_weighting(tmp_path):
+    """The first `warmup` of the steps train the error of v, the rest the chosen lambda(t)."""
+    run, data = start(tmp_path, warmup=0.5, weighting="likelihood")
+    seen = []
+    for step in range(6):
+        D.stage1_loss(run.model, data, run.config, step)
+        seen.append(run.model.decoders["image"].weighting)
+    assert seen == ["v"] * 3 + ["likelihood"] * 3
+    off, data = start(tmp_path, warmup=0.0)
+    D.stage1_loss(off.model, data, off.config, 0)
+    assert off.model.decoders["image"].weighting == "simple"
+
+
+def test_auxiliary_moments_are_those_of_the_samples(tmp_path):
+    """[Sec. 3.4] mean and std of z ~ q(z|x) over the training set, all modalities given."""
+    run, data = start(tmp_path, steps=2)
+    D.train(run, data)
+    mu, logvar = D.full_posteriors(run.ema, data, data.split["train"])
+    z = torch.cat([D.gaussian_sample(mu, logvar) for _ in range(500)])
+    assert torch.allclose(run.ema.aux.mean, z.mean(0), atol=0.05)
+    assert torch.allclose(run.ema.aux.std, z.std(0), rtol=0.05)
+
+
+def test_loss_that_is_not_finite_stops_and_is_named(tmp_path):
+    run, data = start(tmp_path)
+    D.train(run, data)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run, data = start(tmp_path)
+    with torch.no_grad():
+        run.model.decoders["mask"].net.stem.bias.fill_(math.nan)
+    with pytest.raises(D.UserError, match="step 0: mask, total not finite"):
+        D.train(run, data)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_checkpoint_is_atomic_and_safe(tmp_path, monkeypatch):
+    """A crash while writing keeps the old file; damaged or foreign files are named."""
+    path = tmp_path / "checkpoint.pt"
+    D.save_checkpoint(path, {"format": D.FORMAT, "value": 1})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        D.save_checkpoint(path, {"format": D.FORMAT, "value": 2})
+    assert torch.load(path, weights_only=True)["value"] == 1
+    monkeypatch.undo()
+    for content, words in ((b"PK rubbish", "damaged"), (b"", "damaged")):
+        path.write_bytes(content)
+        with pytest.raises(D.UserError, match=words):
+            D.load(path)
+    with pytest.raises(D.UserError, match="train first"):
+        D.load(tmp_path / "none.pt")
+    D.save_checkpoint(path, {"format": 99, "config": {}})
+    with pytest.raises(D.UserError, match="format 99"):
+        D.load(path)
+    D.save_checkpoint(path, {"format": D.FORMAT, "config": {"dataset": "celeba"}})
+    with pytest.raises(D.UserError, match="another version"):
+        D.load(path)
+
+
+def test_gap_tells_a_decoder_that_ignores_z(tmp_path):
+    """The shuffled-z gap is 0 for a decoder blind to z and positive for one that uses it."""
+    run, data = start(tmp_path)
+    model, x = run.ema, data.rows(np.arange(12))
+    assert D.coherence(model, x)["gap"] == 0.0                   # zero output layer: blind
+    decoder = model.decoders["image"]
+    truth = {tuple(z.tolist()): image for z, image in zip(model.posterior(x)[0], x["image"])}
+
+    def knows_z(x_t, t, z):                                      # decodes z by its nearest mean
+        keys = torch.tensor(list(truth))
+        nearest = torch.cdist(z.float(), keys).argmin(1)
+        images = torch.stack(list(truth.values()))[nearest]
+        return (x_t - D.per_sample(SDE.alpha(t), x_t) * images) / D.per_sample(SDE.sigma(t), x_t)
+    decoder.eps = knows_z
+    model.encoders["image"].head.bias.data[16:] = -20            # a sharp posterior
+    truth = {tuple(z.tolist()): image for z, image in zip(model.posterior(x)[0], x["image"])}
+    assert D.coherence(model, x)["gap"] > 1.0
+
+
+# === §6 Data preparation ===
+
+def draw_raw(folder, n=12, mapping=True, size=64):
+    """A raw CelebAMask-HQ folder of n random pictures with three parts and the skin each."""
+    rng = np.random.default_rng(0)
+    (folder / data_prep.IMAGES).mkdir(parents=True)
+    (folder / data_prep.MASKS / "0").mkdir(parents=True)
+    names = ["Other", *data_prep.ATTRIBUTES]
+    lines, values = [str(n), " ".join(names)], rng.choice([-1, 1], (n, len(names)))
+    for k in range(n):
+        pixels = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        Image.fromarray(pixels).resize((2 * size, 2 * size)).save(folder / data_prep.IMAGES / f"{k}.jpg")
+        for i, part in enumerate(("skin", "hair", "nose", "cloth")):
+            mask = np.zeros((size, size, 3), np.uint8)
+            mask[16 * i:16 * i + 16, :32] = 255                  # a quarter high, half wide
+            Image.fromarray(mask).save(folder / data_prep.MASKS / "0" / f"{k:05d}_{part}.png")
+        lines.append(f"{k}.jpg  " + " ".join(map(str, values[k])))
+    (folder / data_prep.ATTRIBUTE_FILE).write_text("\n".join(lines) + "\n")
+    if mapping:
+        origin = [0, 162770, 162771, 182637, 182638, 202598] + list(range(1, n - 5))
+        rows = [f"{k} {o} {o + 1:06d}.jpg" for k, o in enumerate(origin)]
+        (folder / data_prep.MAPPING_FILE).write_text("idx orig_idx orig_file\n" + "\n".join(rows))
+    return values[:, 1:]
+
+
+def prepare(raw, out, *flags):
+    command = [sys.executable, str(HERE / "data_prep.py"), "--dataset", "celeba", "--raw", str(raw),
+               "--out", str(out), "--size", "16", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_prepare_celeba(tmp_path):
+    """Composite mask without skin, 0/1 attributes, official split, checksums, arrays that map."""
+    values = draw_raw(tmp_path / "raw")
+    result = prepare(tmp_path / "raw", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    image, mask, attr = (np.load(tmp_path / "out" / f"{n}.npy", mmap_mode="r") for n in D.MODALITIES)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    want = np.zeros((16, 16), np.uint8)
+    want[4:, :8] = 1                                             # hair, nose, cloth; not the skin
+    assert all(np.array_equal(m, want) for m in mask)
+    assert np.array_equal(attr, (values == 1).astype(np.uint8))
+    full = Image.open(tmp_path / "raw" / data_prep.IMAGES / "3.jpg").resize((16, 16), Image.BILINEAR)
+    assert np.abs(np.asarray(full).astype(int) - image[3]).mean() < 2  # reduced decoding is harmless
+    assert meta["split"]["val"] == [2, 3] and meta["split"]["test"] == [4, 5]
+    assert meta["counts"] == {"train": 8, "val": 2, "test": 2} and meta["count"] == 12
+    assert meta["attributes"] == list(data_prep.ATTRIBUTES) and meta["size"] == 16
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in meta["sha256"].values())
+    assert not (tmp_path / "out.partial").exists()
+    data = D.load_data(tmp_path / "out", torch.device("cpu"))
+    x = data.rows(data.split["test"])
+    assert x["image"].shape == (2, 3, 16, 16) and x["image"].abs().max() <= 1
+    again = prepare(tmp_path / "raw", tmp_path / "out")
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_prepare_without_mapping_says_so(tmp_path):
+    draw_raw(tmp_path / "raw", n=20, mapping=False)
+    result = prepare(tmp_path / "raw", tmp_path / "out")
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert "not the official split" in result.stdout and not meta["official_split"]
+    assert meta["split"]["val"] == [16, 17] and meta["split"]["test"] == [18, 19]
+
+
+def break_image(raw):
+    path = raw / data_prep.IMAGES / "7.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def break_row(raw):
+    path = raw / data_prep.ATTRIBUTE_FILE
+    path.write_text(path.read_text().replace("5.jpg  ", "5.jpg  x "))
+
+
+def break_count(raw):
+    path = raw / data_prep.ATTRIBUTE_FILE
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+
+
+def break_mask_size(raw):
+    Image.new("RGB", (32, 32)).save(raw / data_prep.MASKS / "0" / "00004_nose.png")
+
+
+@pytest.mark.parametrize("damage,words", [
+    (lambda raw: (raw / data_prep.ATTRIBUTE_FILE).unlink(), "no CelebAMask-HQ-attribute-anno.txt"),
+    (lambda raw: (raw / data_prep.IMAGES / "2.jpg").unlink(), "1 of 12 images are missing"),
+    (lambda raw: [p.unlink() for p in (raw / data_prep.MASKS / "0").glob("00006_*")], "no mask of face 6"),
+    (lambda raw: (raw / data_prep.MAPPING_FILE).write_text("a\n0 0 x\n"), "no line for 11 images"),
+    (break_image, "7.jpg: cannot be read"), (break_row, "line 8 is not"),
+    (break_count, "line 1 says 12 images, 11 rows"), (break_mask_size, "00004_hair.png: 64x64 pixels, another part")])
+def test_prepare_names_what_is_wrong(tmp_path, damage, words):
+    """One line on stderr with the file, exit code 2, no output folder."""
+    draw_raw(tmp_path / "raw")
+    damage(tmp_path / "raw")
+    result = prepare(tmp_path / "raw", tmp_path / "out")
+    message = [line for line in result.stderr.splitlines() if "img/s" not in line and line.strip()]
+    assert result.returncode == 2 and len(message) == 1 and words in message[0], result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_skips_bad_images_and_lists_them(tmp_path):
+    draw_raw(tmp_path / "raw")
+    break_image(tmp_path / "raw")
+    result = prepare(tmp_path / "raw", tmp_path / "out", "--skip-bad")
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert result.returncode == 0 and "7.jpg" in result.stdout and meta["count"] == 11
+    assert 7 not in meta["ids"] and len(np.load(tmp_path / "out" / "image.npy")) == 11
+
+
+def test_prepare_starts_over_after_an_interruption(tmp_path):
+    draw_raw(tmp_path / "raw")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "image.npy").write_bytes(b"half")
+    assert prepare(tmp_path / "raw", tmp_path / "out").returncode == 0
+    assert len(np.load(tmp_path / "out" / "image.npy")) == 12
+
+
+def test_toy_faces_are_a_function_of_the_seed():
+    a, b, c = data_prep.toy_faces(8), data_prep.toy_faces(5), data_prep.toy_faces(5, seed=1)
+    assert all(np.array_equal(a[n][:5], b[n]) for n in a)
+    assert not np.array_equal(b["image"], c["image"])
+    assert set(np.unique(a["mask"])) == {0, 1} and set(np.unique(a["attr"])) == {0, 1}
+
+
+@pytest.mark.parametrize("name", data_prep.ATTRIBUTES)
+def test_toy_attributes_are_visible(name):
+    """Switching one attribute alone changes many pixels of the picture, clearly."""
+    changed = []
+    for seed in range(300):
+        has = data_prep.draw_attributes(np.random.default_rng(seed))
+        hidden = {"Bald": ("Bangs", "Receding_Hairline", "Wearing_Hat", "Straight_Hair", "Wavy_Hair"),
+                  "Wearing_Hat": ("Bangs", "Receding_Hairline")}
+        colours = list(data_prep.HAIR_COLOURS)
+        if any(has[n] for n in ("Bald", "Wearing_Hat", "Bangs", "Receding_Hairline", *colours)) \
+                and name in ("Bald", "Wearing_Hat", "Bangs", "Receding_Hairline", *colours):
+            continue
+        if any(has[n] and name in hidden[n] for n in hidden) or (has["Bald"] and name in colours):
+            continue
+        faces = [data_prep.draw_face(dict(has, **{name: value}), np.random.default_rng(seed))[0].astype(int)
+                 for value in (False, True)]
+        changed.append((np.abs(faces[0] - faces[1]).max(-1) > 40).sum())
+    assert len(changed) >= 10 and np.median(changed) >= 6, (len(changed), np.median(changed))
+
+
+REAL = os.environ.get("DIFFMVAE_REAL_DATA")
+
+
+@pytest.mark.skipif(not REAL, reason="DIFFMVAE_REAL_DATA is not set")
+def test_real_attribute_file():
+    """[Sec. 4.2] the rates of the 18 attributes over all 30,000 faces."""
+    rows = np.stack(list(data_prep.read_attributes(Path(REAL) / data_prep.ATTRIBUTE_FILE).values()))
+    rates = dict(zip(data_prep.ATTRIBUTES, rows.mean(0).round(3)))
+    assert rows.shape == (30_000, 18) and rows.sum(1).mean() == pytest.approx(3.67, abs=0.005)
+    assert (rates["Bald"], rates["Heavy_Makeup"], rates["Smiling"]) == (0.024, 0.457, 0.470)
+
+
+@pytest.mark.skipif(not REAL, reason="DIFFMVAE_REAL_DATA is not set")
+def test_real_faces(tmp_path):
+    """Real faces go through: 1,000 of them, masks neither empty nor full, and one training step."""
+    import tarfile
+    with tarfile.open(Path(REAL) / "celebamask_mini.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert prepare(tmp_path / "CelebAMask-HQ", tmp_path / "out").returncode == 0
+    mask = np.load(tmp_path / "out" / "mask.npy")
+    assert len(mask) == 1000 and 0.02 < mask.mean((1, 2)).min() and mask.mean((1, 2)).max() < 0.98
+    data = D.load_data(tmp_path / "out", torch.device("cpu"))
+    terms = model_of(tiny()).neg_elbo(data.batch(8, 0, 0))
+    assert torch.isfinite(terms["total"]).all()
+
+
+# === §7 Pictures and figures ===
+
+def test_f1_samples():
+    """2 TP / (pred + true) a row; 0 where both are empty."""
+    pred = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
+    true = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]])
+    assert D.f1_samples(pred, true).tolist() == [0.5, 0.0, 1.0, 0.0]
+
+
+def test_frechet_distance_closed_form():
+    """Diagonal Gaussians: sum (m - n)^2 + (s - t)^2; 0 for equal sets."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200_000, 3, generator=generator)
+    noise = (noise - noise.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(noise.T))).T
+    mean, s, t = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.3, 1.0, 1.5])
+    got = D.frechet_distance(noise * s, noise * t + mean)
+    assert got == pytest.approx((mean.square().sum() + (s - t).square().sum()).item(), rel=1e-3)
+    assert D.frechet_distance(noise, noise) == pytest.approx(0, abs=1e-3)
+
+
+def test_own_input(tmp_path):
+    """The user's files: any size, a mask is what is not black, attributes by name."""
+    mask = np.zeros((100, 100), np.uint8)
+    mask[:50] = 7
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    Image.new("RGB", (50, 80), (255, 0, 0)).save(tmp_path / "i.jpg", quality=100)
+    names, x = D.read_given([f"mask={tmp_path}/m.png", f"image={tmp_path}/i.jpg", "attr=Smiling,Bald"], 16)
+    assert names == ["mask", "image", "attr"]
+    assert x["mask"].shape == (1, 1, 16, 16) and x["mask"][0, 0, :8].all() and not x["mask"][0, 0, 8:].any()
+    assert x["image"].shape == (1, 3, 16, 16) and x["image"][0, 0].min() > 0.95 > -0.95 > x["image"][0, 1].max()
+    assert D.words(x["attr"][0]) == ["Bald", "Smiling"]
+    assert D.read_given(["mask", "attr"], 16) == (["mask", "attr"], None)
+    assert D.words(D.read_given(["attr="], 16)[1]["attr"][0]) == []
+
+
+def test_grid_and_its_record(tmp_path, faces):
+    """The PNG shows what was given and made; the JSON beside it writes the attributes out."""
+    run, data = start(tmp_path)
+    path = tmp_path / "samples" / "x.png"
+    D.sample_pictures(run.ema, data, path, ["mask", "attr"], 3, "ddim", 2, 0)
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["given"] == ["mask", "attr"] and len(record["rows"]) == 3
+    rows = data.split["test"][:3]
+    assert [r["given: attr"] for r in record["rows"]] == [D.words(a) for a in data.rows(rows)["attr"]]
+    grid = np.asarray(Image.open(path))
+    assert grid.shape[0] == 44 + 3 * 134
+    given = grid[44:44 + 128, 64:64 + 128, 0]                    # first cell: the mask of test 0
+    want = data.rows(rows)["mask"][0, 0].numpy().repeat(8, 0).repeat(8, 1) * 255
+    assert np.array_equal(given, want)
+
+
+def test_evaluation_is_reproducible(tmp_path, monkeypatch):
+    """--eval twice with one seed gives the same digits; the judge is trained once and cached."""
+    run, data = start(tmp_path)
+    trained = []
+    original = D.train_judge
+    monkeypatch.setattr(D, "train_judge", lambda data, seed: trained.append(1) or original(data, seed, 4, 8))
+    monkeypatch.setattr(data_prep, "toy_faces", lambda n, size, seed: {k: v.repeat(40, 0)[:n] for k, v in FACES.items()})
+    results = [D.evaluate(run.ema, D.get_judge(tmp_path / "judge.pt", data), data, 8, "ddim", 2, 0)
+               for _ in range(2)]
+    for result in results:
+        result.pop("nothing (aux) seconds"), result.pop("nothing (gaussian) seconds")
+    assert results[0] == results[1] and len(trained) == 1
+    assert all(math.isfinite(v) for v in results[0].values())
+    assert results[0]["items"] == 8 and "attr -> image judged F1" in results[0]
+
+
+FACES = data_prep.toy_faces(300, 16)
+
+
+# === §8 The command line ===
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run made through the command line with short lengths."""
+    folder = tmp_path_factory.mktemp("cli")
+    result = command(folder, "--train --steps 3 --aux-steps 2 --batch-size 8 --sample cond "
+                             "--given mask --num 2 --sampler-steps 2")
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def command(folder, flags, code=None):
+    """Run diffmvae.py in `folder` on 2 threads with fewer toy faces."""
+    start = f"import diffmvae as D, sys; D.TOY_COUNTS = dict(train=64, val=8, test=8); " \
+            f"D.train_judge.__defaults__ = (4, 8); {code or ''}; sys.exit(D.main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", start, "--dataset", "celeba", *shlex.split(flags)],
+                          cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+
+
+def test_command_train_and_sample(trained):
+    """The README's main command, short: checkpoint, log, picture with its record, path printed."""
+    folder, result = trained
+    run = folder / "runs" / "celeba-toy"
+    assert "TOY FACES" in result.stdout
+    assert "given-mask-seed0.png" in result.stdout
+    assert (run / "samples" / "given-mask-seed0.png").exists()
+    assert (run / "samples" / "given-mask-seed0.json").exists()
+    rows = [json.loads(line) for line in open(run / "log.jsonl")]
+    assert {"image", "mask", "attr", "kl", "total"} <= set(rows[0])
+    assert any("gap" in row for row in rows) and rows[-1]["stage"] == 2
+    assert D.load(run / "checkpoint.pt").config.steps == 3
+
+
+@pytest.mark.parametrize("flags,file", [
+    ("--sample uncond", "uncond-aux-seed0"), ("--sample uncond --prior gaussian", "uncond-gaussian-seed0"),
+    ("--sample cond --given image attr --seed 3 --sampler euler-maruyama", "given-image-attr-seed3"),
+    ("--sample cond --given attr=Smiling,Eyeglasses --sampler ddpm --device cpu", "given-attr-own-seed0"),
+    ("--sample cond --given mask --sampler dpm++ --run runs/celeba-toy", "given-mask-seed0")])
+def test_command_sample(trained, flags, file):
+    folder, _ = trained
+    result = command(folder, flags + " --num 2 --sampler-steps 2")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((folder / "runs/celeba-toy/samples" / f"{file}.json").read_text())
+    assert len(record["rows"]) == 2
+
+
+def test_command_resume_and_overwrite(trained):
+    """A finished run is not overwritten unless asked; --resume of it changes nothing."""
+    folder, _ = trained
+    flags = "--train --steps 3 --aux-steps 2 --batch-size 8"
+    before = weights(folder / "runs/celeba-toy")
+    result = command(folder, flags)
+    assert result.returncode == 2 and "--resume continues it" in result.stderr
+    result = command(folder, flags + " --resume --lr 0.5")
+    assert result.returncode == 2 and "another lr" in result.stderr
+    assert command(folder, flags + " --resume").returncode == 0
+    after = weights(folder / "runs/celeba-toy")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    result = command(folder, "--train --overwrite --epochs 1 --aux-steps 1 --batch-size 32 --lr 1e-4 "
+                     "--lr-schedule constant --beta 0.2 --preset small --prior-expert --run other")
+    config = D.load(folder / "other/checkpoint.pt").config
+    assert result.returncode == 0 and (config.steps, config.batch_size, config.aux_steps) == (2, 32, 1)
+    assert (config.lr, config.lr_schedule, config.beta, config.prior_expert) == (1e-4, "constant", 0.2, True)
+
+
+@pytest.mark.parametrize("flags,run", [("--decoder feedforward", "celeba-toy-feedforward"),
+                                       ("--weighting likelihood", "celeba-toy-likelihood")])
+def test_command_variants(tmp_path, flags, run):
+    """Each variant has its own run folder, and sampling finds it by the same flag."""
+    result = command(tmp_path, flags + " --train --steps 2 --aux-steps 1 --batch-size 8 --sample uncond "
+                     "--num 2 --sampler-steps 2")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / run / "samples" / "uncond-aux-seed0.png").exists()
+    assert command(tmp_path, flags + " --sample uncond --num 1 --sampler-steps 1").returncode == 0
+
+
+def test_command_eval(trained):
+    folder, _ = trained
+    result = command(folder, "--eval --eval-num 8 --sampler-steps 2",
+                     "import data_prep; f = data_prep.toy_faces; "
+                     "data_prep.toy_faces = lambda n, size, seed=0: f(min(n, 200), size, seed)"
+                     "; import numpy; a = numpy.arange; numpy.arange = lambda *k: a(*(200 if x == 12000 else x for x in k))")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((folder / "runs/celeba-toy/eval.json").read_text())
+    assert "mask -> image judged F1" in result.stdout and 0 <= figures["mask -> image judged F1"] <= 1
+
+
+def test_command_dry_run(tmp_path):
+    result = command(tmp_path, "--dry-run --batch-size 2 --preset small")
+    assert result.returncode == 0, result.stderr
+    for word in ("image decoder", "one training step, batch 2", "one DDIM step", "peak memory"):
+        assert word in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_stops_on_signals_and_resumes(tmp_path):
+    """SIGTERM saves and leaves with 128 + 15; --resume goes on from there."""
+    start = "import diffmvae as D, sys; D.TOY_COUNTS = dict(train=64, val=8, test=8); sys.exit(D.main(sys.argv[1:]))"
+    flags = "--dataset celeba --train --steps 100000 --aux-steps 1 --batch-size 2".split()
+    process = subprocess.Popen([sys.executable, "-c", start, *flags], cwd=tmp_path, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    while "step" not in process.stderr.readline():               # the progress bar has started
+        pass
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "go on with --resume" in message
+    checkpoint = torch.load(tmp_path / "runs/celeba-toy/checkpoint.pt", weights_only=True)
+    assert checkpoint["stage"] == 1 and checkpoint["step"] > 0
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("", "nothing to do"), ("--sample cond", "belong together"), ("--sample uncond --given mask", "belong together"),
+    ("--sample cond --given sound", "choose from image, mask, attr"),
+    ("--sample cond --given mask mask", "each once"),
+    ("--sample cond --given mask attr=Bald", "all your own"),
+    ("--sample cond --given attr=Freckles", "no attribute Freckles"),
+    ("--sample cond --given mask=nowhere.png", "cannot be read as a picture"),
+    ("--sample uncond", "train first with --train"), ("--eval --run nowhere", "train first"),
+    ("--sample uncond --data nowhere", "not a complete data set"),
+    ("--train --steps 0", "not above zero"), ("--train --lr -1", "not above zero"),
+    ("--train --steps 5 --epochs 5", "not allowed with"), ("--train --batch-size 1", "at least 2"),
+    ("--resume --sample uncond", "need --train"), ("--train --resume --overwrite", "exclude each other"),
+    ("--sample uncond --beta 1", "keeps its own"), ("--sample uncond --num 0", "not above zero"),
+    ("--train --device nowhere", "nowhere"), ("--sample uncond --sampler heun", "invalid choice")])
+def test_command_bad_input(tmp_path, flags, words):
+    """One line that says what is wrong, exit code 2, no traceback, nothing written."""
+    result = command(tmp_path, flags)
+    assert result.returncode == 2 and words in result.stderr.splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
+
+
+# === §9 The repository ===
+
+SOURCE, TESTS = (HERE / "diffmvae.py").read_text(), Path(__file__).read_text()
+
+
+def test_import_does_nothing_else(tmp_path):
+    code = "import sys; before = set(sys.modules); import diffmvae, torch; " \
+           "assert not torch.cuda.is_initialized(); print('quiet')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert result.stdout == "quiet\n" and not result.stderr and not list(tmp_path.iterdir())
+
+
+def test_equation_tags_agree():
+    """Header index, code and tests name the same equations and sections of the paper."""
+    header, code = SOURCE.split('"""', 2)[1:]
+    index, used, proved = (set(re.findall(r"(?:Eq|Sec)\. \d(?:\.\d)?", " ".join(
+        re.findall(r"\[[^]]*(?:Eq|Sec)\. [^]]*\]", text)))) for text in (header, code, TESTS))
+    equations = {tag for tag in used if tag.startswith("Eq")}
+    assert equations == {f"Eq. {k}" for k in range(1, 6)} == {t for t in index if t.startswith("Eq")}
+    assert equations <= proved and used <= index
+
+
+def test_contents_match_the_banners():
+    """The header lists the sections that the banners open, in order."""
+    banners = re.findall(r"^# === (§\d+) (.+?) ===$", SOURCE, re.M)
+    listed = re.findall(r"^    (§\d+) ", SOURCE.split('"""')[1], re.M)
+    assert [number for number, _ in banners] == listed == [f"§{k}" for k in range(1, 11)]
+
+
+@pytest.mark.parametrize("name", ["diffmvae.py", "data_prep.py"])
+def test_style(name):
+    """Functions up to 40 lines, lines up to 100 columns."""
+    source = (HERE / name).read_text()
+    assert [n for n, line in enumerate(source.splitlines(), 1) if len(line) > 100] == []
+    long = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+            and node.end_lineno - node.lineno + 1 > 40 and node.name not in ("parse_args",)]
+    assert long == []
+
+
+def test_every_flag_has_help_and_a_test():
+    """Each flag explains itself, differently, and is used somewhere in this file."""
+    help_text = subprocess.run([sys.executable, str(HERE / "diffmvae.py"), "--help"],
+                               capture_output=True, text=True).stdout
+    flags = set(re.findall(r"^  (--[a-z-]+)", help_text, re.M))
+    assert len(flags) > 20
+    assert [flag for flag in flags if flag not in TESTS] == []
+    helps = re.findall(r'help=\s*"([^"]+)', SOURCE)
+    assert len(set(helps)) == len(helps)
+
+
+def test_readme_commands_parse():
+    """Every diffmvae.py and data_prep.py command of the README is one the scripts accept."""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    commands = [c for line in re.findall(r"^(?:    )?(?:.*&& )?(python (?:diffmvae|data_prep)\.py .*)$", text, re.M)
+                for c in [line.split(" # ")[0].split(" && ")[0]]]
+    assert len(commands) >= 8
+    for line in commands:
+        script, *flags = shlex.split(line)[1:]
+        {"diffmvae.py": D.parse_args, "data_prep.py": data_prep.parse_args}[script](flags)
