@@ -449,6 +449,7 @@ def report(out, bad):
 # === §4 Command line ===
 
 def parse_args(argv=None):
+    """The flags of this script."""
     parser = argparse.ArgumentParser(description="Prepare a raw data set for diffmvae.py.")
     parser.add_argument("--dataset", choices=["celeba"], required=True,
                         help="which layout --raw has: CelebAMask-HQ")

@@ -120,10 +120,10 @@ class Config:
 
 SMALL = dict(preset="small", image_size=32, latent=64,
              image_channels=(32, 64, 128), image_rates=(2, 2, 2),
-             mask_channels=(16, 32, 64), mask_rates=(2, 2, 2), attr_widths=(128, 128),
+             mask_channels=(16, 32, 32), mask_rates=(2, 2, 2), attr_widths=(128, 128),
              unet_width=64, unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2,
              z_map=16, dropout=0.0, aux_width=48, aux_mults=(1, 2),
-             steps=2000, aux_steps=2000, lr=1e-3, lr_warmup=50, ema=0.995,
+             steps=1800, aux_steps=1500, lr=1e-3, lr_warmup=50, ema=0.995,
              log_every=20, probe_every=400, save_every=200)
 PRESETS = {"paper": {}, "small": SMALL}
 
@@ -419,7 +419,7 @@ class DiffMVAE(nn.Module):
 
     @torch.no_grad()
     def sample_unconditional(self, n, prior="aux", sampler="ddim", steps=50, generator=None):
-        """[Sec. 3.4] z from the auxiliary model, or from N(0, I) if prior="gaussian"; then decode."""
+        """[Sec. 3.4] z from the auxiliary model, or N(0, I) if prior="gaussian"; then decode."""
         noise = Noise(n, generator, self.aux.mean.device)
         z = self.aux.sample(noise, sampler, steps) if prior == "aux" else noise(self.config.latent)
         return self.decode(z, noise, sampler, steps)
@@ -607,6 +607,7 @@ def zero_init(layer):
 
 
 def group_norm(channels):
+    """Eight groups; more, smaller groups are slower on CPUs."""
     return nn.GroupNorm(8, channels)
 
 
@@ -670,9 +671,11 @@ class UNet(nn.Module):
         self.patch, self.width, self.z_map, emb = patch, width, z_map, 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         if z_map:
-            self.map, self.map_conv = nn.Linear(z_dim, z_map * 64), nn.Conv2d(z_map, z_map, 3, padding=1)
+            self.map = nn.Linear(z_dim, z_map * 64)
+            self.map_conv = nn.Conv2d(z_map, z_map, 3, padding=1)
         self.conv_in = nn.Conv2d(channels * patch ** 2 + z_map, width, 3, padding=1)
-        self.down, self.up, skips, c_in, size = nn.ModuleList(), nn.ModuleList(), [], width, size // patch
+        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), []
+        c_in, size = width, size // patch
 
         def block(c_in, c_out, attend):
             return UNetBlock(c_in, c_out, emb, z_dim, dropout, attend)
@@ -691,9 +694,10 @@ class UNet(nn.Module):
                 self.up.append(block(c_in + skips.pop(), width * mult, size in attention))
                 c_in = width * mult
             if level > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
-                                             nn.Conv2d(c_in, c_in, 3, padding=1)))
-                size *= 2
+                c_out = width * mults[level - 1]
+                self.up.append(nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1),
+                                             nn.Upsample(scale_factor=2)))
+                c_in, size = c_out, size * 2
         self.norm_out = group_norm(c_in)
         self.conv_out = zero_init(nn.Conv2d(c_in, channels * patch ** 2, 3, padding=1))
 
@@ -714,7 +718,10 @@ class UNet(nn.Module):
         for layer in self.middle:
             h = layer(h, emb, z)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), emb, z) if isinstance(layer, UNetBlock) else layer(h)
+            if isinstance(layer, UNetBlock):
+                h = layer(torch.cat([h, skips.pop()], 1), emb, z)
+            else:
+                h = layer(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch)                    # (B, C, H, W)
 
@@ -730,7 +737,7 @@ def to_tensors(arrays, device):
     x = {name: torch.as_tensor(a).to(device) for name, a in arrays.items()}
     convert = {"image": lambda a: a.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1,
                "mask": lambda a: a.unsqueeze(1).float(), "attr": lambda a: a.float()}
-    return {name: convert[name](a) for name, a in x.items()}     # (B, 3, H, W), (B, 1, H, W), (B, 18)
+    return {name: convert[name](a) for name, a in x.items()}     # (B, C, H, W) or (B, 18)
 
 
 class Data:
@@ -744,9 +751,9 @@ class Data:
         self.split = {name: np.asarray(rows) for name, rows in split.items()}
         self.size, self.toy, self.device = arrays["image"].shape[1], toy, device
         self.arrays = arrays
-        if device.type == "cuda":
-            if sum(a.nbytes for a in arrays.values()) < torch.cuda.mem_get_info(device)[0] / 2:
-                self.arrays = {n: torch.from_numpy(np.array(a)).to(device) for n, a in arrays.items()}
+        size = sum(a.nbytes for a in arrays.values())
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+            self.arrays = {n: torch.from_numpy(np.array(a)).to(device) for n, a in arrays.items()}
 
     def rows(self, rows):
         """Rows by number -> dict of float tensors."""
@@ -776,7 +783,8 @@ def load_data(folder, device):
         meta = json.loads((folder / "meta.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in MODALITIES}
         n, size = meta["count"], meta["size"]
-        shapes = {"image": (n, size, size, 3), "mask": (n, size, size), "attr": (n, len(ATTRIBUTES))}
+        shapes = {"image": (n, size, size, 3), "mask": (n, size, size),
+                  "attr": (n, len(ATTRIBUTES))}
         for name, shape in shapes.items():
             if arrays[name].shape != shape:
                 raise ValueError(f"{name}.npy has shape {arrays[name].shape}, not {shape}")
@@ -796,6 +804,7 @@ def has_fast_bf16(device):
 
 
 def autocast(device):
+    """bfloat16 where has_fast_bf16, else nothing; losses are float32 either way."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
@@ -892,6 +901,24 @@ def stage2_loss(model, posteriors, config, step):
     return {"total": model.aux.nll(gaussian_sample(mu[rows], logvar[rows]))}
 
 
+class Means:
+    """Running means of tensors by name, kept on the device until they are taken."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, values):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().mean()
+        self.count += 1
+
+    def take(self):
+        """-> {name: float}, and start again."""
+        means = {name: round(float(value) / self.count, 3) for name, value in self.sums.items()}
+        self.__init__()
+        return means
+
+
 class Run:
     """One training: its folder, its weights and how far it is. The state is the checkpoint's."""
 
@@ -934,8 +961,13 @@ def finite_or_stop(run, terms):
     """UserError naming the step and the terms that are not finite."""
     bad = [name for name, value in terms.items() if not bool(torch.isfinite(value).all())]
     if bad:
-        raise UserError(f"stage {run.stage}, step {run.step}: {', '.join(bad)} not finite; the last "
-                        "checkpoint is kept, a smaller --lr may help")
+        raise UserError(f"stage {run.stage}, step {run.step}: {', '.join(bad)} not finite; the "
+                        "last checkpoint is kept, a smaller --lr may help")
+
+
+def seed_from(*numbers):
+    """Seed PyTorch with a hash of the numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def fit(run, prefixes, total, loss_of, probe=None):
@@ -953,13 +985,12 @@ def fit(run, prefixes, total, loss_of, probe=None):
     if run.optimizer_state is not None:
         optimizer.load_state_dict(run.optimizer_state)
         run.optimizer_state = None
-    sums, count, start = {}, 0, time.time()
+    means, start = Means(), time.time()
     bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", unit="step",
                mininterval=1, dynamic_ncols=True)
     run.model.train()
     while run.step < total and not run.stop:
-        seed = np.random.SeedSequence((config.seed, run.stage, run.step)).generate_state(1)
-        torch.manual_seed(int(seed[0]))
+        seed_from(config.seed, run.stage, run.step)
         with autocast(device):
             terms = loss_of(run.step)                            # dict of (B,)
         finite_or_stop(run, terms)
@@ -971,14 +1002,11 @@ def fit(run, prefixes, total, loss_of, probe=None):
         update_ema(pairs, config.ema, run.step)
         run.step += 1
         bar.update()
-        for name, value in {**terms, "grad_norm": norm}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().mean()
-        count += 1
+        means.add({**terms, "grad_norm": norm})
         if run.step % config.log_every == 0 or run.step == total:
-            means = {name: round(float(value) / count, 3) for name, value in sums.items()}
-            run.log(**means, lr=lr, seconds=round(time.time() - start, 1))
-            bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()})
-            sums, count = {}, 0
+            row = means.take()
+            run.log(**row, lr=lr, seconds=round(time.time() - start, 1))
+            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
         if probe and (run.step % config.probe_every == 0 or run.step == total):
             probe()
             run.model.train()
@@ -1053,12 +1081,13 @@ def read_given(tokens, size):
     names = [pair[0] for pair in pairs]
     unknown = [name for name in names if name not in MODALITIES]
     if unknown or len(set(names)) < len(names):
-        raise UserError(f"--given {' '.join(tokens)}: choose from {', '.join(MODALITIES)}, each once")
+        raise UserError(f"--given {' '.join(tokens)}: choose from {', '.join(MODALITIES)}, each "
+                        "once")
     if all(len(pair) == 1 for pair in pairs):
         return names, None
     if any(len(pair) == 1 for pair in pairs):
-        raise UserError(f"--given {' '.join(tokens)}: either all from the test split (mask attr) or "
-                        "all your own (mask=face.png attr=Smiling)")
+        raise UserError(f"--given {' '.join(tokens)}: either all from the test split (mask attr) "
+                        "or all your own (mask=face.png attr=Smiling)")
     return names, {name: read_own(name, value, size) for name, value in pairs}
 
 
@@ -1146,8 +1175,8 @@ def sample_pictures(model, data, path, given, num, sampler, steps, seed, prior="
     title = f"given {source}; {sampler}, {steps} steps, seed {seed}"
     draw_grid(path, title, columns, labels)
     record = {"title": title, "given": given, "rows": [
-        {"item": label, **{text: words(values[k]) for text, name, values in columns if name == "attr"}}
-        for k, label in enumerate(labels)]}
+        {"item": label, **{text: words(values[k]) for text, name, values in columns
+                           if name == "attr"}} for k, label in enumerate(labels)]}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1))
     if not quiet:
         print(f"{path}: {len(labels)} rows, {time.time() - start:.1f} s")
@@ -1176,7 +1205,8 @@ class Judge(nn.Module):
         super().__init__()
 
         def conv(a, b, stride=1):
-            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b),
+                                 nn.ReLU())
 
         self.body = nn.Sequential(conv(3, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2),
                                   conv(128, 128))
@@ -1243,58 +1273,54 @@ def background(image):
     return image[:, :, :k, :k].mean((2, 3))
 
 
+def read_images(judge, image):
+    """The judge's features (N, 128), attributes (N, 18) and masks (N, 1, H, W) in {0, 1}."""
+    features, attr, mask = (torch.cat(p).float() for p in zip(*map(judge, image.split(250))))
+    return features, (attr > 0).float(), (mask > 0).float()
+
+
+def in_parts(sample, n, seed):
+    """sample(start, stop, generator) for n items, 250 at a time: -> dict of all modalities."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [sample(k, min(k + 250, n), generator)
+             for k in tqdm(range(0, n, 250), leave=False, dynamic_ncols=True)]
+    return {name: torch.cat([part[name] for part in parts]) for name in MODALITIES}
+
+
 @torch.no_grad()
 def evaluate(model, judge, data, num, sampler, steps, seed):
     """Coherence and image distance on `num` test items: -> dict of floats.
 
-    "A -> B" is B generated from A alone. Images are read by the judge; "FD-judge" is the Fréchet
-    distance of its features between generated and real test images, never to be called FID.
+    "A -> B" is B generated from A alone; generated images are read by the judge. "FD" is the
+    Fréchet distance of the judge's features between generated and real test images: not FID.
     """
-    rows, out = data.split["test"][:num], {"items": len(data.split["test"][:num])}
-    with autocast(data.device):
-        x = data.rows(rows)
-
-        def in_parts(sample):
-            """sample(start, stop, generator) in parts of 250 -> dict of all, and seconds."""
-            generator, start = torch.Generator().manual_seed(seed), time.time()
-            parts = [sample(k, min(k + 250, len(rows)), generator)
-                     for k in tqdm(range(0, len(rows), 250), leave=False, dynamic_ncols=True)]
-            return {name: torch.cat([p[name] for p in parts]) for name in MODALITIES}, \
-                time.time() - start
-
-        def given(name):
-            return in_parts(lambda a, b, g: model.sample_conditional(
-                {name: x[name][a:b]}, sampler=sampler, steps=steps, generator=g))[0]
-
-        def read(image):
-            parts = [judge(part) for part in image.split(250)]
-            features, attr, mask = (torch.cat(p).float() for p in zip(*parts))
-            return features, (attr > 0).float(), (mask > 0).float()
-
-        def f1(pred, target):
-            return f1_samples(pred, target).mean().item()
-
-        features, attr, mask = read(x["image"])
-        out["judge: attr, real image"], out["judge: mask, real image"] = f1(attr, x["attr"]), f1(mask, x["mask"])
-        for name in MODALITIES:
-            made = given(name)
-            made_features, attr, mask = read(made["image"])
-            out[f"{name} -> image FD-judge"] = frechet_distance(made_features, features)
-            if name == "image":
-                out["image -> attr F1"] = f1(made["attr"], x["attr"])
-                out["image -> mask F1"] = f1(made["mask"], x["mask"])
-                pair = torch.stack([background(made["image"]).flatten(), background(x["image"]).flatten()])
-                out["image -> image background correlation"] = torch.corrcoef(pair)[0, 1].item()
-            else:
-                out[f"{name} -> image judged F1"] = f1({"attr": attr, "mask": mask}[name], x[name])
-        for prior in ("aux", "gaussian"):
-            made, seconds = in_parts(lambda a, b, g: model.sample_unconditional(
-                b - a, prior, sampler, steps, g))
-            made_features, attr, mask = read(made["image"])
-            out[f"nothing ({prior}) -> image FD-judge"] = frechet_distance(made_features, features)
-            out[f"nothing ({prior}) attr agree F1"] = f1(attr, made["attr"])
-            out[f"nothing ({prior}) mask agree F1"] = f1(mask, made["mask"])
-            out[f"nothing ({prior}) seconds"] = seconds
+    x = data.rows(data.split["test"][:num])
+    n, options = len(x["attr"]), dict(sampler=sampler, steps=steps)
+    f1 = lambda pred, target: f1_samples(pred, target).mean().item()
+    real, attr, mask = read_images(judge, x["image"])
+    out = {"items": n, "judge on real images: attr F1": f1(attr, x["attr"]),
+           "judge on real images: mask F1": f1(mask, x["mask"])}
+    for name in MODALITIES:
+        made = in_parts(lambda a, b, generator: model.sample_conditional(
+            {name: x[name][a:b]}, generator=generator, **options), n, seed)
+        features, attr, mask = read_images(judge, made["image"])
+        if name == "image":
+            pair = [background(image).flatten() for image in (made["image"], x["image"])]
+            out["image -> attr: F1"] = f1(made["attr"], x["attr"])
+            out["image -> mask: F1"] = f1(made["mask"], x["mask"])
+            out["image -> image: background correlation"] = \
+                torch.corrcoef(torch.stack(pair))[0, 1].item()
+        else:
+            read = {"attr": attr, "mask": mask}[name]
+            out[f"{name} -> image: judged {name} F1"] = f1(read, x[name])
+        out[f"{name} -> image: FD-judge"] = frechet_distance(features, real)
+    for prior in ("aux", "gaussian"):
+        made = in_parts(lambda a, b, generator: model.sample_unconditional(
+            b - a, prior, generator=generator, **options), n, seed)
+        features, attr, mask = read_images(judge, made["image"])
+        out[f"nothing ({prior}): judged attr F1"] = f1(attr, made["attr"])
+        out[f"nothing ({prior}): judged mask F1"] = f1(mask, made["mask"])
+        out[f"nothing ({prior}): FD-judge"] = frechet_distance(features, real)
     return {name: round(value, 4) for name, value in out.items()}
 
 
@@ -1303,22 +1329,42 @@ def evaluate(model, judge, data, num, sampler, steps, seed):
 def parse_args(argv=None):
     """All flags; those that default to None override the preset's value in Config."""
     parser = argparse.ArgumentParser(
-        description="Diff-MVAE: train, sample and evaluate. Modes combine, in the order train, "
-                    "sample, eval.", formatter_class=argparse.RawDescriptionHelpFormatter)
+        description="Diff-MVAE: train, sample and evaluate. Modes combine, in that order.")
     add = parser.add_argument_group("what to do").add_argument
     add("--dataset", choices=["celeba"], required=True,
         help="the setup: celeba has image, mask and 18 attributes")
     add("--train", action="store_true", help="train both stages: Eq. 5, then the auxiliary model")
     add("--sample", choices=["cond", "uncond"], help="write a picture of samples")
     add("--eval", action="store_true", help="measure coherence with an independent judge")
-    add("--dry-run", action="store_true",
-        help="print configuration and sizes, time one training and one DDIM step, write nothing")
+    add("--dry-run", action="store_true", help="print configuration and sizes, time one training "
+        "step and one DDIM step, write nothing")
     add = parser.add_argument_group("where").add_argument
     add("--data", type=Path, help="folder made by data_prep.py (default: data/<dataset> if it is "
         "there, else the built-in toy set)")
     add("--run", type=Path, help="run folder (default: runs/<dataset>[-toy][-variant])")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
-    add = parser.add_argument_group("model and objective (with --train or --dry-run)").add_argument
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
+    add("--seed", type=int, help="of training, sampling and evaluation (default: 0)")
+    add_training_flags(parser)
+    add = parser.add_argument_group("sampling and evaluation").add_argument
+    add("--given", nargs="+", default=[], metavar="NAME[=VALUE]",
+        help="for --sample cond: modalities of the test split (mask attr) or your own "
+             "(image=photo.jpg mask=mask.png attr=Smiling,Bangs)")
+    add("--prior", choices=["aux", "gaussian"], default="aux",
+        help="for --sample uncond: z from the auxiliary model (default) or from N(0, I)")
+    add("--sampler", choices=list(SAMPLERS), default="ddim",
+        help="how diffusion models are sampled (default: ddim)")
+    add("--sampler-steps", type=positive(int), default=50, help="network calls (default: 50)")
+    add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
+    add("--eval-num", type=positive(int), default=500, help="test items of --eval (default: 500)")
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def add_training_flags(parser):
+    """Flags that define a model and its training; they need --train or --dry-run."""
+    group = parser.add_argument_group("training (defaults: by preset)")
+    add, length = group.add_argument, group.add_mutually_exclusive_group()
     add("--preset", choices=list(PRESETS), help="sizes and training length (default: small for the "
         "toy set, paper for prepared data)")
     add("--decoder", choices=["diffusion", "feedforward"],
@@ -1327,32 +1373,16 @@ def parse_args(argv=None):
         help="lambda(t) of Eq. 5: 1 (Diff-MVAE*, default) or g(t)^2 (Diff-MVAE)")
     add("--prior-expert", action="store_true", default=None,
         help="multiply N(0, I) into the full subset, as the MoPoE paper's code does")
-    add("--beta", type=positive(float), help="weight of the KL term (default: by preset)")
-    add = parser.add_argument_group("training").add_argument
-    add("--resume", action="store_true", help="continue the run exactly where its checkpoint is")
-    add("--overwrite", action="store_true", help="start over in a run folder that has a checkpoint")
-    length = parser.add_argument_group("training length").add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive(int), help="stage 1 steps (default: by preset)")
-    length.add_argument("--epochs", type=positive(int), help="stage 1 length in passes over the data")
-    add("--aux-steps", type=positive(int), help="stage 2 steps (default: by preset)")
-    add("--batch-size", type=positive(int), help="stage 1 batch (default: by preset)")
-    add("--lr", type=positive(float), help="peak learning rate of Adam (default: by preset)")
+    add("--beta", type=positive(float), help="weight of the KL term")
+    length.add_argument("--steps", type=positive(int), help="length of stage 1 in steps")
+    length.add_argument("--epochs", type=positive(int), help="length of stage 1 in passes")
+    add("--aux-steps", type=positive(int), help="length of stage 2 in steps")
+    add("--batch-size", type=positive(int), help="samples a step of stage 1")
+    add("--lr", type=positive(float), help="peak learning rate of Adam")
     add("--lr-schedule", choices=["cosine", "constant"],
-        help="after the warm-up: to zero along a cosine (default), or constant")
-    add("--seed", type=int, help="of training, sampling and evaluation (default: 0)")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--given", nargs="+", default=[], metavar="NAME[=VALUE]",
-        help="for --sample cond: modalities of the test split (mask attr) or your own "
-             "(image=photo.jpg mask=mask.png attr=Smiling,Bangs)")
-    add("--prior", choices=["aux", "gaussian"], default="aux",
-        help="for --sample uncond: z from the auxiliary model (default) or from N(0, I)")
-    add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: ddim")
-    add("--sampler-steps", type=positive(int), default=50, help="network calls (default: 50)")
-    add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
-    add("--eval-num", type=positive(int), default=500, help="test items of --eval (default: 500)")
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    return args
+        help="after the warm-up: to zero along a cosine, or constant")
+    add("--resume", action="store_true", help="continue the run exactly where its checkpoint is")
+    add("--overwrite", action="store_true", help="start over in a folder that has a checkpoint")
 
 
 def positive(kind):
@@ -1447,7 +1477,8 @@ def run_training(args, config, data, folder, device):
     """--train: start or continue the run in `folder`. -> 0, or 130/143 when told to stop."""
     exists = (folder / "checkpoint.pt").exists()
     if exists and not (args.resume or args.overwrite):
-        raise UserError(f"{folder}: has a checkpoint; --resume continues it, --overwrite starts over")
+        raise UserError(f"{folder}: has a checkpoint; --resume continues it, --overwrite starts "
+                        "over")
     run = Run(folder, config, device)
     print(f"{folder}: parameters: {parameter_counts(run.model)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1485,13 +1516,17 @@ def run_sampling(args, model, data, folder):
 def run_evaluation(args, model, data, folder):
     """--eval: print the figures and write eval.json."""
     name = f"judge-{args.dataset}{'-toy' * data.toy}-{data.size}.pt"
-    judge = get_judge(folder.parent / name, data)
-    figures = evaluate(model, judge, data, args.eval_num, args.sampler, args.sampler_steps,
-                       args.seed or 0)
-    print(f"{folder}: {args.sampler}, {args.sampler_steps} steps, seed {args.seed or 0}")
+    judge, device = get_judge(folder.parent / name, data), data.device
+    start = time.time()
+    with autocast(device):
+        figures = evaluate(model, judge, data, args.eval_num, args.sampler, args.sampler_steps,
+                           args.seed or 0)
+    print(f"{folder}: {args.sampler}, {args.sampler_steps} steps, seed {args.seed or 0}, "
+          f"{time.time() - start:.0f} s")
     for name, value in figures.items():
-        print(f"  {name:40s} {value:8.3f}")
-    record = {"sampler": args.sampler, "steps": args.sampler_steps, "seed": args.seed or 0, **figures}
+        print(f"  {name:42s} {value:8.3f}")
+    record = {"sampler": args.sampler, "steps": args.sampler_steps, "seed": args.seed or 0,
+              **figures}
     (folder / "eval.json").write_text(json.dumps(record, indent=1))
 
 
