@@ -62,7 +62,7 @@ from tqdm import tqdm
 import data_prep
 from data_prep import ATTRIBUTES
 
-# === §1 Setups and configuration [Secs. 4, 4.2] ===
+# === §1 Setups and configuration [Sec. 4.2] ===
 
 MODALITIES = ("image", "mask", "attr")  # x^(1), x^(2), x^(3); their order numbers the experts
 
@@ -136,7 +136,7 @@ def kl_to_standard_normal(mu, logvar):
 
 
 def product_of_experts(mu, logvar, subset):
-    """Normalised product of the Gaussian experts that `subset` selects [Sec. 3.2, Sec. 3.3].
+    """Normalised product of the Gaussian experts that `subset` selects [Sec. 3.2] [Sec. 3.3].
 
     mu, logvar: (B, M, Z); subset: (B, M) boolean. -> mu, logvar: (B, Z) each. Precisions add,
     means are averaged with the precisions as weights. What experts outside the subset hold,
@@ -157,7 +157,7 @@ def all_subsets(m):
     return (codes.unsqueeze(1) >> torch.arange(m) & 1).bool()    # (2^m - 1, m)
 
 
-# === §3 Diffusion [Sec. 3.1, Eqs. 1, 2] ===
+# === §3 Diffusion [Sec. 3.1] [Eq. 1] [Eq. 2] ===
 
 class VPSDE:
     """The variance-preserving SDE dx = -1/2 beta(t) x dt + sqrt(beta(t)) dw, t in [0, 1].
@@ -326,7 +326,7 @@ def sample_diffusion(sde, eps_net, shape, sampler, steps, noise, clamp):
     return x.clamp(-1, 1) if clamp else x
 
 
-# === §4 DiffMVAE: Eq. 5 and the two ways of sampling [Secs. 3.2, 3.3, 3.4] ===
+# === §4 DiffMVAE and its two ways of sampling [Eq. 5] [Sec. 3.3] [Sec. 3.4] ===
 
 class DiffMVAE(nn.Module):
     """Encoders, decoders and the auxiliary model. Data x is a dict:
@@ -374,11 +374,17 @@ class DiffMVAE(nn.Module):
         subset = subsets[torch.randint(len(subsets), (len(mu),)).to(mu.device)]  # (B, M)
         z = gaussian_sample(*self.fuse(mu, logvar, subset))      # (B, Z) z ~ q(z|x_A)
         terms = {name: self.decoders[name].nll(z, x[name]) for name in MODALITIES}
-        kl = [kl_to_standard_normal(*self.fuse(mu, logvar, a.expand(len(mu), -1))) for a in subsets]
-        terms["kl"] = torch.stack(kl).mean(0)                    # (B,) sum_A omega_A KL_A
+        terms["kl"] = self.mean_kl(mu, logvar, subsets)          # (B,) sum_A omega_A KL_A
         terms["total"] = (terms["image"] + terms["mask"] + self.config.attr_weight * terms["attr"]
                           + self.config.beta * terms["kl"])      # (B,) [Eq. 5]
         return terms
+
+    def mean_kl(self, mu, logvar, subsets):
+        """KL(q(z|x_A) || N(0, I)) averaged over the subsets A (S, M): -> (B,) nats."""
+        s, b = len(subsets), len(mu)
+        every = self.fuse(mu.repeat(s, 1, 1), logvar.repeat(s, 1, 1),
+                          subsets.repeat_interleave(b, 0))       # (S B, Z)
+        return kl_to_standard_normal(*every).view(s, b).mean(0)  # (B,)
 
     def posterior(self, x, subset=None):
         """q(z|x_o): the product of the experts of what is observed [Sec. 3.3]. -> (B, Z) each.
@@ -522,7 +528,7 @@ class AuxiliaryModel(nn.Module):
         return z.flatten(1) * self.std + self.mean               # (n, Z)
 
 
-# === §5 Networks [Secs. 4, 4.2] ===
+# === §5 Networks [Sec. 4.2] ===
 
 class ResidualBlock(nn.Module):
     """conv-BN-LeakyReLU-conv-BN plus skip, LeakyReLU, as in Soft-IntroVAE (paper [4])."""
@@ -940,17 +946,24 @@ class Run:
         self.ema.load_state_dict(checkpoint["ema"])
         self.stage, self.step = checkpoint["stage"], checkpoint["step"]
         self.optimizer_state = checkpoint["optimizer"]
-        log = self.folder / "log.jsonl"
-        kept = [line for line in log.read_text().splitlines(keepends=True)
-                if (row := json.loads(line))["stage"] < self.stage
-                or row["stage"] == self.stage and row["step"] <= self.step]
-        log.write_text("".join(kept))
+        rows = []
+        for line in (self.folder / "log.jsonl").read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # a line cut short by a kill
+                continue
+        self.log_file_of(r for r in rows if (r["stage"], r["step"]) <= (self.stage, self.step))
 
     def save(self, optimizer):
         save_checkpoint(self.folder / "checkpoint.pt", {
             "format": FORMAT, "config": asdict(self.config), "stage": self.stage, "step": self.step,
             "model": self.model.state_dict(), "ema": self.ema.state_dict(),
             "optimizer": optimizer.state_dict() if optimizer else None})
+
+    def log_file_of(self, rows):
+        """Start the log anew with these rows."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, **row):
         with open(self.folder / "log.jsonl", "a") as file:
@@ -970,6 +983,15 @@ def seed_from(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
+def descend(optimizer, params, terms, grad_clip):
+    """One step down the gradient of the total. -> its norm before clipping."""
+    optimizer.zero_grad()
+    terms["total"].mean().backward()                             # the one mean over the batch
+    norm = nn.utils.clip_grad_norm_(params, grad_clip)
+    optimizer.step()
+    return norm
+
+
 def fit(run, prefixes, total, loss_of, probe=None):
     """Train the sub-networks named by `prefixes` until step `total`: the loop of both stages.
 
@@ -977,10 +999,9 @@ def fit(run, prefixes, total, loss_of, probe=None):
     generator state. loss_of(step) -> dict of (B,) terms with "total".
     """
     config, device = run.config, run.device
-    chosen = [n for n in run.model.state_dict() if n.startswith(prefixes)]
     params = [p for n, p in run.model.named_parameters() if n.startswith(prefixes)]
-    net, ema = run.model.state_dict(), run.ema.state_dict()
-    pairs = [(ema[name], net[name]) for name in chosen]
+    ema = run.ema.state_dict()
+    pairs = [(ema[n], v) for n, v in run.model.state_dict().items() if n.startswith(prefixes)]
     optimizer = torch.optim.Adam(params, config.lr, fused=device.type in ("cpu", "cuda"))
     if run.optimizer_state is not None:
         optimizer.load_state_dict(run.optimizer_state)
@@ -995,10 +1016,7 @@ def fit(run, prefixes, total, loss_of, probe=None):
             terms = loss_of(run.step)                            # dict of (B,)
         finite_or_stop(run, terms)
         optimizer.param_groups[0]["lr"] = lr = learning_rate(config, run.step, total)
-        optimizer.zero_grad()
-        terms["total"].mean().backward()                         # the one mean over the batch
-        norm = nn.utils.clip_grad_norm_(params, config.grad_clip)
-        optimizer.step()
+        norm = descend(optimizer, params, terms, config.grad_clip)
         update_ema(pairs, config.ema, run.step)
         run.step += 1
         bar.update()
@@ -1069,7 +1087,7 @@ def train(run, data):
         lambda step: stage2_loss(run.model, posteriors, config, step))
 
 
-# === §8 Sampling to pictures [Secs. 3.3, 3.4] ===
+# === §8 Sampling to pictures [Sec. 3.3] [Sec. 3.4] ===
 
 def read_given(tokens, size):
     """`--given` words -> (names, None) to take from the test split, or (names, x) from files.
@@ -1106,7 +1124,7 @@ def read_own(name, value, size):
         raise UserError(f"--given {name}={value}: cannot be read as a picture ({error})") from None
     if name == "mask":
         picture = picture.point(lambda v: 255 * (v > 0))
-    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+    pixels = np.array(picture.resize((size, size), Image.Resampling.BILINEAR))
     arrays = {name: pixels[None] if name == "image" else (pixels[None] > 127).astype(np.uint8)}
     return to_tensors(arrays, "cpu")[name]
 
@@ -1132,7 +1150,7 @@ def cell(name, value, width, height):
 
 def draw_grid(path, title, columns, rows):
     """Save a labelled grid: columns [(label, name, values)], one value an item; rows: labels."""
-    tile, label, head = 128, 64, 44
+    tile, label, head = 128, 72, 44
     widths = [168 if name == "attr" else tile for _, name, _ in columns]
     grid = Image.new("RGB", (label + sum(widths) + 6 * len(columns), head + (tile + 6) * len(rows)),
                      "white")
@@ -1158,19 +1176,22 @@ def sample_pictures(model, data, path, given, num, sampler, steps, seed, prior="
     `own`, one item that is then sampled `num` times.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows, start, columns = data.split["test"][:num] if own is None else [], time.time(), []
+    start, kind, columns = time.time(), "sample", []
     with autocast(data.device):
         if not given:
             made = model.sample_unconditional(num, prior, sampler, steps, generator)
         else:
-            x = data.rows(rows) if own is None else {n: a.to(data.device) for n, a in own.items()}
-            made = model.sample_conditional({name: x[name] for name in given},
-                                            1 if own is None else num, sampler, steps, generator)
+            if own is None:
+                x, n, kind = data.rows(data.split["test"][:num]), 1, "test"
+            else:
+                x, n = {name: a.to(data.device) for name, a in own.items()}, num
+            made = model.sample_conditional({name: x[name] for name in given}, n, sampler, steps,
+                                            generator)
             x = {name: a.expand(len(made["attr"]), *a.shape[1:]) for name, a in x.items()}
             columns = [("given: " + name, name, x[name]) for name in given]
             columns += [(name + " (not given)", name, x[name]) for name in x if name not in given]
     columns += [("generated: " + name, name, made[name]) for name in MODALITIES]
-    labels = [f"test {k}" for k in rows] or [f"sample {k}" for k in range(len(made["attr"]))]
+    labels = [f"{kind} {k}" for k in range(len(made["attr"]))]
     source = " + ".join(given) if given else f"nothing (prior: {prior})"
     title = f"given {source}; {sampler}, {steps} steps, seed {seed}"
     draw_grid(path, title, columns, labels)
@@ -1223,11 +1244,14 @@ class Judge(nn.Module):
         return features, self.attr(features), self.mask(h)
 
 
+JUDGE_FACES = 12_000
+
+
 def train_judge(data, seed, steps=900, batch_size=128):
     """Supervised training on freshly drawn toy faces, or on a real data set's training split."""
     if data.toy:  # no face that the model has seen: another seed of the generator
-        faces = data_prep.toy_faces(12_000, data.size, seed=1_000_003 + seed)
-        data = Data(faces, {"train": np.arange(12_000)}, True, data.device)
+        faces = data_prep.toy_faces(JUDGE_FACES, data.size, seed=1_000_003 + seed)
+        data = Data(faces, {"train": np.arange(JUDGE_FACES)}, True, data.device)
     torch.manual_seed(seed)
     judge = Judge(data.size).to(data.device)
     optimizer = torch.optim.Adam(judge.parameters())
@@ -1343,7 +1367,7 @@ def parse_args(argv=None):
         "there, else the built-in toy set)")
     add("--run", type=Path, help="run folder (default: runs/<dataset>[-toy][-variant])")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
-    add("--seed", type=int, help="of training, sampling and evaluation (default: 0)")
+    add("--seed", type=natural, help="of training, sampling and evaluation (default: 0)")
     add_training_flags(parser)
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--given", nargs="+", default=[], metavar="NAME[=VALUE]",
@@ -1385,6 +1409,14 @@ def add_training_flags(parser):
     add("--overwrite", action="store_true", help="start over in a folder that has a checkpoint")
 
 
+def natural(text):
+    """An argparse type: a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below zero")
+    return value
+
+
 def positive(kind):
     """An argparse type: a number above zero."""
     def convert(text):
@@ -1419,28 +1451,38 @@ def check_args(parser, args):
                      "model keeps its own")
 
 
+def pick_device(name):
+    """The named device, or CUDA if there is any, else the CPU; UserError if it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 def choose(args):
     """Device, data, configuration and run folder from the flags and from what is on the disk."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = args.data or Path("data") / args.dataset
-    toy = args.data is None and not folder.exists()
-    preset = args.preset or ("small" if toy else "paper")
-    values = dict(PRESETS[preset], dataset=args.dataset)
+    device, source = pick_device(args.device), args.data or Path("data") / args.dataset
+    toy = args.data is None and not source.exists()
+    variant = "-feedforward" * (args.decoder == "feedforward") + \
+        "-likelihood" * (args.weighting == "likelihood")
+    folder = args.run or Path("runs") / f"{args.dataset}{'-toy' * toy}{variant}"
+    if args.train or args.dry_run:
+        preset = args.preset or ("small" if toy else "paper")
+        values = dict(PRESETS[preset], dataset=args.dataset)
+        values.update({n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None})
+        config = Config(**values)
+    else:  # a trained model keeps its own
+        config = Config(**read_checkpoint(folder / "checkpoint.pt")["config"])
     if toy:
-        print(f"*** No data at {folder}: using the built-in TOY FACES (preset {preset}). ***")
-        data = toy_data(values.get("image_size", Config.image_size), device)
-    else:
-        data = load_data(folder, device)
-    values["image_size"] = data.size
-    values.update({n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None})
+        print(f"*** No data at {source}: using the built-in TOY FACES, preset {config.preset}. ***")
+    data = toy_data(config.image_size, device) if toy else load_data(source, device)
     if args.epochs:
-        per_epoch = len(data.split["train"]) // values.get("batch_size", Config.batch_size)
-        values["steps"] = args.epochs * max(1, per_epoch)
-    config = Config(**values)
-    variant = "-feedforward" * (config.decoder == "feedforward") + \
-        "-likelihood" * (config.weighting == "likelihood")
-    run_folder = args.run or Path("runs") / f"{args.dataset}{'-toy' * toy}{variant}"
-    return device, data, config, run_folder
+        per_epoch = max(1, len(data.split["train"]) // config.batch_size)
+        config = replace(config, steps=args.epochs * per_epoch)
+    if args.train or args.dry_run:
+        config = replace(config, image_size=data.size)
+    return device, data, config, folder
 
 
 def parameter_counts(model):
@@ -1470,7 +1512,8 @@ def dry_run(config, data, device):
     print(f"one DDIM step, 1 picture: {time.time() - start:.2f} s")
     if device.type == "cuda":
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB")
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # bytes on macOS, KiB on Linux
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB")
 
 
 def run_training(args, config, data, folder, device):
@@ -1481,11 +1524,11 @@ def run_training(args, config, data, folder, device):
                         "over")
     run = Run(folder, config, device)
     print(f"{folder}: parameters: {parameter_counts(run.model)}")
-    folder.mkdir(parents=True, exist_ok=True)
     if exists and args.resume:
         run.restore()
     else:
-        (folder / "log.jsonl").write_text("")
+        run.log_file_of([])
+        run.save(None)  # an unwritable folder shows now, and an older run ends here
 
     def stop(number, _):
         run.stop = number

@@ -85,7 +85,7 @@ def test_kl_closed_form():
 
 
 def test_product_of_experts_is_the_product_on_a_grid():
-    """[Sec. 3.2, Sec. 3.3] N_1 N_2 N_3 renormalised by numerical integration."""
+    """[Sec. 3.2] [Sec. 3.3] N_1 N_2 N_3 renormalised by numerical integration."""
     mus, variances = np.array([0.5, -1.0, 2.0]), np.array([0.4, 1.5, 3.0])
     grid = np.linspace(-15, 15, 300_001)
     for subset in ([1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 1]):
@@ -397,7 +397,7 @@ def test_eq5_is_log_evidence_for_the_exact_posterior(monkeypatch):
 
 
 def test_eq4_elbo_is_tight():
-    """[Eq. 3, Eq. 4] one modality, feed-forward: E_q log p(x|z) - KL = log p(x) for the exact q."""
+    """[Eq. 3] [Eq. 4] one modality, feed-forward: E_q log p(x|z) - KL = log p(x) for the exact q."""
     w, s, x = 1.7, 0.6, 0.9
     variance = 1 / (1 + w ** 2 / s ** 2)
     mu = variance * w * x / s ** 2
@@ -672,16 +672,18 @@ def test_resume_is_bitwise(tmp_path, stop_at):
         D.learning_rate = original
     assert (run.stage, run.step) == stop_at
     run, data = start(tmp_path / "parts")
+    with open(run.folder / "log.jsonl", "a") as file:
+        file.write('{"stage": 2, "step": 999}\n{"stage": 2, "st')  # written after the checkpoint
     run.restore()
     assert (run.stage, run.step) == stop_at
     D.train(run, data)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    steps = [[(r["stage"], r["step"], r.get("total")) for r in map(json.loads, open(p / "log.jsonl"))]
-             for p in (tmp_path / "whole", tmp_path / "parts")]
-    assert steps[0][-1] == steps[1][-1]
-    fresh = weights_of_fresh = D.Run(tmp_path / "x", tiny(), torch.device("cpu")).model.state_dict()
-    assert any(not torch.equal(fresh[n], whole["model", n]) for n in weights_of_fresh)
+    logs = [[(row["stage"], row["step"]) for row in map(json.loads, open(p / "log.jsonl"))]
+            for p in (tmp_path / "whole", tmp_path / "parts")]
+    assert logs[0] == logs[1]
+    untrained = D.Run(tmp_path / "x", tiny(), torch.device("cpu")).model.state_dict()
+    assert any(not torch.equal(value, whole["model", n]) for n, value in untrained.items())
 
 
 def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(tmp_path):
@@ -1029,7 +1031,7 @@ def test_grid_and_its_record(tmp_path, faces):
     assert [r["given: attr"] for r in record["rows"]] == [D.words(a) for a in data.rows(rows)["attr"]]
     grid = np.asarray(Image.open(path))
     assert grid.shape[0] == 44 + 3 * 134
-    given = grid[44:44 + 128, 64:64 + 128, 0]                    # first cell: the mask of test 0
+    given = grid[44:44 + 128, 72:72 + 128, 0]                    # first cell: the mask of test 0
     want = data.rows(rows)["mask"][0, 0].numpy().repeat(8, 0).repeat(8, 1) * 255
     assert np.array_equal(given, want)
 
@@ -1040,15 +1042,12 @@ def test_evaluation_is_reproducible(tmp_path, monkeypatch):
     trained = []
     original = D.train_judge
     monkeypatch.setattr(D, "train_judge", lambda data, seed: trained.append(1) or original(data, seed, 4, 8))
-    monkeypatch.setattr(data_prep, "toy_faces", lambda n, size, seed: {k: v.repeat(40, 0)[:n] for k, v in FACES.items()})
+    monkeypatch.setattr(D, "JUDGE_FACES", 64)
     results = [D.evaluate(run.ema, D.get_judge(tmp_path / "judge.pt", data), data, 8, "ddim", 2, 0)
                for _ in range(2)]
     assert results[0] == results[1] and len(trained) == 1
     assert all(math.isfinite(v) for v in results[0].values())
     assert results[0]["items"] == 8 and "attr -> image: judged attr F1" in results[0]
-
-
-FACES = data_prep.toy_faces(300, 16)
 
 
 # === §8 The command line ===
@@ -1063,12 +1062,15 @@ def trained(tmp_path_factory):
     return folder, result
 
 
-def command(folder, flags, code=None):
-    """Run diffmvae.py in `folder` on 2 threads with fewer toy faces."""
-    start = f"import diffmvae as D, sys; D.TOY_COUNTS = dict(train=64, val=8, test=8); " \
-            f"D.train_judge.__defaults__ = (4, 8); {code or ''}; sys.exit(D.main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", start, "--dataset", "celeba", *shlex.split(flags)],
-                          cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+SHORT = "import sys, diffmvae as D; D.TOY_COUNTS = dict(train=64, val=8, test=8); D.JUDGE_FACES = 64; " \
+        "D.train_judge.__defaults__ = (4, 8); sys.exit(D.main(sys.argv[1:]))"
+PATHS = {**os.environ, "PYTHONPATH": str(HERE)}
+
+
+def command(folder, flags):
+    """Run diffmvae.py in `folder`, with fewer toy faces and a short training of the judge."""
+    return subprocess.run([sys.executable, "-c", SHORT, "--dataset", "celeba", *shlex.split(flags)],
+                          cwd=folder, capture_output=True, text=True, env=PATHS)
 
 
 def test_command_train_and_sample(trained):
@@ -1130,10 +1132,7 @@ def test_command_variants(tmp_path, flags, run):
 
 def test_command_eval(trained):
     folder, _ = trained
-    result = command(folder, "--eval --eval-num 8 --sampler-steps 2",
-                     "import data_prep; f = data_prep.toy_faces; "
-                     "data_prep.toy_faces = lambda n, size, seed=0: f(min(n, 200), size, seed)"
-                     "; import numpy; a = numpy.arange; numpy.arange = lambda *k: a(*(200 if x == 12000 else x for x in k))")
+    result = command(folder, "--eval --eval-num 8 --sampler-steps 2")
     assert result.returncode == 0, result.stderr
     figures = json.loads((folder / "runs/celeba-toy/eval.json").read_text())
     name = "mask -> image: judged mask F1"
@@ -1150,10 +1149,9 @@ def test_command_dry_run(tmp_path):
 
 def test_command_stops_on_signals_and_resumes(tmp_path):
     """SIGTERM saves and leaves with 128 + 15; --resume goes on from there."""
-    start = "import diffmvae as D, sys; D.TOY_COUNTS = dict(train=64, val=8, test=8); sys.exit(D.main(sys.argv[1:]))"
     flags = "--dataset celeba --train --steps 100000 --aux-steps 1 --batch-size 2".split()
-    process = subprocess.Popen([sys.executable, "-c", start, *flags], cwd=tmp_path, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    process = subprocess.Popen([sys.executable, "-c", SHORT, *flags], cwd=tmp_path, stderr=subprocess.PIPE,
+                               text=True, env=PATHS)
     while "step" not in process.stderr.readline():               # the progress bar has started
         pass
     time.sleep(2)
@@ -1172,8 +1170,8 @@ def test_command_stops_on_signals_and_resumes(tmp_path):
     ("--sample cond --given attr=Freckles", "no attribute Freckles"),
     ("--sample cond --given mask=nowhere.png", "cannot be read as a picture"),
     ("--sample uncond", "train first with --train"), ("--eval --run nowhere", "train first"),
-    ("--sample uncond --data nowhere", "not a complete data set"),
-    ("--train --steps 0", "not above zero"), ("--train --lr -1", "not above zero"),
+    ("--train --data nowhere", "not a complete data set"),
+    ("--train --steps 0", "not above zero"), ("--train --seed -1", "below zero"), ("--train --lr -1", "not above zero"),
     ("--train --steps 5 --epochs 5", "not allowed with"), ("--train --batch-size 1", "at least 2"),
     ("--resume --sample uncond", "need --train"), ("--train --resume --overwrite", "exclude each other"),
     ("--sample uncond --beta 1", "keeps its own"), ("--sample uncond --num 0", "not above zero"),
@@ -1193,8 +1191,7 @@ SOURCE, TESTS = (HERE / "diffmvae.py").read_text(), Path(__file__).read_text()
 def test_import_does_nothing_else(tmp_path):
     code = "import sys; before = set(sys.modules); import diffmvae, torch; " \
            "assert not torch.cuda.is_initialized(); print('quiet')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(HERE)})
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=PATHS)
     assert result.stdout == "quiet\n" and not result.stderr and not list(tmp_path.iterdir())
 
 
@@ -1210,9 +1207,10 @@ def test_equation_tags_agree():
 
 def test_contents_match_the_banners():
     """The header lists the sections that the banners open, in order."""
-    banners = re.findall(r"^# === (§\d+) (.+?) ===$", SOURCE, re.M)
-    listed = re.findall(r"^    (§\d+) ", SOURCE.split('"""')[1], re.M)
-    assert [number for number, _ in banners] == listed == [f"§{k}" for k in range(1, 11)]
+    banners = re.findall(r"^# === §(\d+) (.+?) ===$", SOURCE, re.M)
+    contents = re.search(r"^Contents.+?\n\n", SOURCE, re.M | re.S).group()
+    listed = [int(n) for n in re.findall(r"§(\d+)  ? ?\w", contents.split("\n", 1)[1])]
+    assert [int(n) for n, _ in banners] == sorted(listed) == list(range(1, 11))
 
 
 @pytest.mark.parametrize("name", ["diffmvae.py", "data_prep.py"])
