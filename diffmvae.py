@@ -122,7 +122,7 @@ SMALL = dict(preset="small", image_size=32, latent=64,
              image_channels=(32, 64, 128), image_rates=(2, 2, 2),
              mask_channels=(16, 32, 32), mask_rates=(2, 2, 2), attr_widths=(128, 128),
              unet_width=64, unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2,
-             z_map=16, dropout=0.0, aux_width=48, aux_mults=(1, 2),
+             z_map=16, dropout=0.0, aux_width=48, aux_mults=(1, 2), aux_batch_size=128,
              steps=1800, aux_steps=1500, lr=1e-3, lr_warmup=50, ema=0.995,
              log_every=20, probe_every=400, save_every=200)
 PRESETS = {"paper": {}, "small": SMALL}
