@@ -8,7 +8,7 @@ What a prepared folder holds (`--out`, default data/<dataset>):
     image.npy  (N, H, W, 3) uint8   RGB 0..255
     mask.npy   (N, H, W)    uint8   0 or 1: the composite of all face parts but the skin
     attr.npy   (N, 18)      uint8   0 or 1: the 18 attributes in the order of ATTRIBUTES
-    meta.json                       counts, split ids, names, size, SHA-256 of the sources
+    meta.json                       counts, rows of each split, names, size, SHA-256 of the sources
 
 The script needs numpy, pillow and tqdm, and nothing of diffmvae.py.
 """
@@ -45,8 +45,8 @@ SUPERSAMPLE = 4
 def draw_attributes(rng):
     """One random attribute set that a picture can show in full: -> {name: bool}, all 18 names.
 
-    A bald head has no hair colour, fringe or hair shape; a hat hides the forehead. The rest is
-    independent, with rates between those of CelebAMask-HQ and one half so that none is rare.
+    A bald head has no hair colour, fringe or hair shape, a hat hides the forehead, only men have
+    moustaches and make-up is mostly women's. No rate is below one in ten, so that none is rare.
     """
     has = {name: False for name in ATTRIBUTES}
     has["Male"] = rng.random() < 0.45
@@ -121,7 +121,7 @@ def draw_face(has, rng, size=32):
     draw_body(pen, has, rng, skin)
     draw_head(pen, has, skin, half)
     draw_eyes(pen, has, rng, hair)
-    draw_mouth(pen, has, hair, skin)
+    draw_mouth(pen, has, hair)
     draw_top(pen, has, rng, hair, half)
     return pen.result(size)
 
@@ -183,7 +183,7 @@ def draw_eyes(pen, has, rng, hair):
         pen.line([(15, 14.4), (17, 14.4)], (15, 15, 15), 1.0, 255)
 
 
-def draw_mouth(pen, has, hair, skin):
+def draw_mouth(pen, has, hair):
     """Lips (part of the mask) and moustache (not a part): wide and curved up when smiling."""
     lips = (205, 15, 60) if has["Heavy_Makeup"] else (165, 75, 70)
     half = 4.6 if has["Smiling"] else 2.5
@@ -257,7 +257,7 @@ def read_attributes(path):
 
     -> {k: (18,) uint8 in {0, 1}}, in the order of ATTRIBUTES. Raises DataError naming the line.
     """
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     names = lines[1].split() if len(lines) > 1 else []
     missing = [name for name in ATTRIBUTES if name not in names]
     if missing:
@@ -288,7 +288,7 @@ def split_of(ids, mapping):
     split = {"train": [], "val": [], "test": []}
     for row, k in enumerate(ids):
         if mapping is None:
-            tenth = len(ids) // 10
+            tenth = max(1, len(ids) // 10)
             name = "test" if row >= len(ids) - tenth else \
                 "val" if row >= len(ids) - 2 * tenth else "train"
         else:
@@ -399,7 +399,8 @@ def prepare_celeba(raw, out, size=128, skip_bad=False):
                "mask": ArrayWriter(partial / "mask.npy", (size, size)),
                "attr": ArrayWriter(partial / "attr.npy", (len(ATTRIBUTES),))}
     kept, bad, digest = [], [], hashlib.sha256()
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(os.cpu_count(), **quiet) as pool:  # Ctrl-C is the parent's to handle
         results = pool.map(try_face, ((raw, k, size) for k in ids), chunksize=8)
         for k, result in zip(ids, tqdm(results, total=len(ids), unit="img")):
             if isinstance(result, str):
@@ -448,9 +449,16 @@ def report(out, bad):
 
 # === §4 Command line ===
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def parse_args(argv=None):
     """The flags of this script."""
-    parser = argparse.ArgumentParser(description="Prepare a raw data set for diffmvae.py.")
+    parser = Parser(description="Prepare a raw data set for diffmvae.py.")
     parser.add_argument("--dataset", choices=["celeba"], required=True,
                         help="which layout --raw has: CelebAMask-HQ")
     parser.add_argument("--raw", type=Path, required=True, help="the extracted download, read only")

@@ -11,6 +11,8 @@ Objective, minimised, in nats, sums over dimensions, mean over the batch [Eq. 5]
 
     A is a uniformly drawn subset of the modalities, q(z|x_A) the product of its experts. The
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
+    It is a bound for lambda = g^2 and beta = 1; our defaults are lambda = 1 after a warm-up,
+    beta = 0.1 and 20 times the attribute term (README, "Choices the paper leaves open").
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         python diffmvae.py --dataset celeba --sample cond --given mask=face.png attr=Smiling,Bangs
@@ -46,6 +48,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -88,7 +91,7 @@ class Config:
     unet_width: int = 64
     unet_mults: tuple = (1, 2, 2, 4, 4)
     unet_blocks: int = 2            # residual blocks a resolution, down and up each
-    unet_attention: tuple = (16, 8)  # resolutions, in pixels, with self-attention
+    unet_attention: tuple = (16, 8)  # sides of the feature maps with self-attention
     patch: int = 1                  # space-to-depth before the UNet; 2 is 2.5x faster on a CPU
     z_map: int = 32                 # channels of the 8x8 map of z joined to the UNet's input
     dropout: float = 0.1            # in the UNets
@@ -107,10 +110,10 @@ class Config:
     batch_size: int = 64
     aux_batch_size: int = 256
     lr: float = 1e-4
-    lr_schedule: str = "cosine"     # after lr_warmup steps: to 0 along a cosine, or "constant"
+    lr_schedule: str = "cosine"     # to 0 along a cosine, or "constant"; times the warm-up
     lr_warmup: int = 1000
     grad_clip: float = 1.0          # largest norm of all gradients together
-    ema: float = 0.9999             # decay of the averaged weights; ramped up from 0
+    ema: float = 0.9999             # decay of the averaged weights; ramped up from 0.1
     seed: int = 0
     # Habits
     log_every: int = 100
@@ -164,7 +167,7 @@ class VPSDE:
 
     x_t = alpha(t) x_0 + sigma(t) eps, where alpha(t)^2 is the paper's alpha_bar_t [Eq. 1] and
     g(t)^2 = beta(t) [Eq. 2]. With beta from 0.1 to 20 it is the 1000-step DDPM schedule, so one
-    network serves every sampler below. All methods map a tensor of times to one of its shape.
+    network serves every sampler below. The functions of t map times to a tensor of their shape.
     """
     beta_min, beta_max, t_min = 0.1, 20.0, 1e-3
 
@@ -366,8 +369,8 @@ class DiffMVAE(nn.Module):
 
         With a feed-forward image decoder the same lines are [Eq. 4], with one modality [Eq. 3].
 
-        "image", "mask", "attr": -log p(x_i|z), a bound for the diffusion decoder; "kl": the
-        mean over all subsets; "total": their weighted sum, the quantity to minimise.
+        "image", "mask", "attr": -log p(x_i|z), for the diffusion decoder its bound if lambda is
+        g^2; "kl": the mean over all subsets; "total": their weighted sum, to be minimised.
         """
         mu, logvar = self.encode(x)                              # (B, M, Z)
         subsets = all_subsets(len(MODALITIES)).to(mu.device)     # (S, M), omega = 1 / S
@@ -462,7 +465,7 @@ class DiffusionDecoder(nn.Module):
         return self.sde.eps_from_v(self.unet(x_t, t, z).float(), x_t, t)
 
     def nll(self, z, x):
-        """[Eq. 2], or [Eq. 1] with lambda = 1: (B,) nats up to terms without parameters."""
+        """[Eq. 2], in nats up to terms without parameters, or [Eq. 1] with lambda = 1: (B,)."""
         return self.sde.loss(lambda x_t, t: self.eps(x_t, t, z), x, self.weighting)
 
     def sample(self, z, noise, sampler="ddim", steps=50):
@@ -749,12 +752,12 @@ def to_tensors(arrays, device):
 class Data:
     """Images, masks and attributes of one data set with their splits.
 
-    The uint8 arrays live on the device if they take less than half of its free memory, else
-    they stay memory-mapped on the disk.
+    On a GPU the uint8 arrays are copied to the device if they take less than half of its free
+    memory; else prepared data stay memory-mapped on the disk.
     """
 
     def __init__(self, arrays, split, toy, device):
-        self.split = {name: np.asarray(rows) for name, rows in split.items()}
+        self.split = {name: np.asarray(rows, np.int64) for name, rows in split.items()}
         self.size, self.toy, self.device = arrays["image"].shape[1], toy, device
         self.arrays = arrays
         size = sum(a.nbytes for a in arrays.values())
@@ -765,10 +768,14 @@ class Data:
         """Rows by number -> dict of float tensors."""
         return to_tensors({name: a[rows] for name, a in self.arrays.items()}, self.device)
 
+    def batches(self, size):
+        """Whole batches in one pass over the training split; a split smaller than one is one."""
+        return max(1, len(self.split["train"]) // size)
+
     def batch(self, size, seed, step):
         """Training batch `step`, a function of (seed, step): every epoch is a new permutation."""
         train = self.split["train"]
-        epoch, k = divmod(step, max(1, len(train) // size))
+        epoch, k = divmod(step, self.batches(size))
         order = np.random.default_rng((seed, epoch)).permutation(len(train))
         return self.rows(train[order[k * size:(k + 1) * size]])
 
@@ -776,10 +783,11 @@ class Data:
 TOY_COUNTS = {"train": 10_000, "val": 500, "test": 1000}
 
 
-def toy_data(size, device):
-    """The built-in faces; rows 0.. are train, then val, then test."""
-    ends = np.cumsum([0, *TOY_COUNTS.values()])
-    split = {name: np.arange(a, b) for name, a, b in zip(TOY_COUNTS, ends, ends[1:])}
+def toy_data(size, device, counts=None):
+    """The built-in faces, by default TOY_COUNTS; rows 0.. are train, then val, then test."""
+    counts = counts or TOY_COUNTS
+    ends = np.cumsum([0, *counts.values()])
+    split = {name: np.arange(a, b) for name, a, b in zip(counts, ends, ends[1:])}
     return Data(data_prep.toy_faces(int(ends[-1]), size), split, True, device)
 
 
@@ -794,8 +802,13 @@ def load_data(folder, device):
         for name, shape in shapes.items():
             if arrays[name].shape != shape:
                 raise ValueError(f"{name}.npy has shape {arrays[name].shape}, not {shape}")
+        for name in ("train", "val", "test"):
+            rows = meta["split"][name]
+            if len(rows) < 2 or min(rows) < 0 or max(rows) >= n:
+                raise ValueError(f"split {name} has {len(rows)} rows, at least 2 of 0 to {n - 1} "
+                                 "are needed")
         return Data(arrays, meta["split"], False, device)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a complete data set of data_prep.py ({error})") from None
 
 
@@ -818,7 +831,7 @@ def build(config, device):
     """A fresh model, a function of config and config.seed, and its EMA copy."""
     torch.manual_seed(config.seed)
     model = DiffMVAE(config).to(device)
-    if device.type == "cuda":  # on CPUs the plain layout was faster (README, "Speed")
+    if device.type == "cuda":  # on CPUs group norm is faster in the plain layout
         model = model.to(memory_format=torch.channels_last)
     return model, copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -835,7 +848,7 @@ def update_ema(pairs, decay, step):
 
 
 def learning_rate(config, step, total):
-    """Linear warm-up, then a cosine to zero at `total`, or constant."""
+    """A cosine to zero at `total`, or constant, times a linear warm-up."""
     decay = 0.5 * (1 + math.cos(math.pi * step / total)) if config.lr_schedule == "cosine" else 1.0
     return config.lr * min(1.0, (step + 1) / config.lr_warmup) * decay
 
@@ -843,11 +856,16 @@ def learning_rate(config, step, total):
 def save_checkpoint(path, checkpoint):
     """Atomic: written beside `path`, flushed to the disk, renamed."""
     part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written, the old file is kept; is the disk full? "
+                        f"({str(error).splitlines()[0]})") from None
 
 
 def read_checkpoint(path, device="cpu"):
@@ -970,10 +988,10 @@ class Run:
             file.write(json.dumps({"stage": self.stage, "step": self.step, **row}) + "\n")
 
 
-def finite_or_stop(run, terms):
-    """UserError naming the step and the terms that are not finite."""
-    bad = [name for name, value in terms.items() if not bool(torch.isfinite(value).all())]
-    if bad:
+def finite_or_stop(run, values):
+    """UserError naming the step and the values that are not finite."""
+    if not bool(sum(value.sum() for value in values.values()).isfinite()):
+        bad = [name for name, value in values.items() if not bool(value.isfinite().all())]
         raise UserError(f"stage {run.stage}, step {run.step}: {', '.join(bad)} not finite; the "
                         "last checkpoint is kept, a smaller --lr may help")
 
@@ -983,20 +1001,18 @@ def seed_from(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def descend(optimizer, params, terms, grad_clip):
-    """One step down the gradient of the total. -> its norm before clipping."""
+def gradient(optimizer, params, terms, grad_clip):
+    """Set the gradients of the total, clipped together. -> their norm before clipping."""
     optimizer.zero_grad()
     terms["total"].mean().backward()                             # the one mean over the batch
-    norm = nn.utils.clip_grad_norm_(params, grad_clip)
-    optimizer.step()
-    return norm
+    return nn.utils.clip_grad_norm_(params, grad_clip)
 
 
 def fit(run, prefixes, total, loss_of, probe=None):
     """Train the sub-networks named by `prefixes` until step `total`: the loop of both stages.
 
-    All random numbers of a step come from (seed, stage, step), so that resuming needs no
-    generator state. loss_of(step) -> dict of (B,) terms with "total".
+    loss_of(step) -> dict of (B,) terms with "total"; its random numbers come from (seed, stage,
+    step), so that resuming needs no generator state.
     """
     config, device = run.config, run.device
     params = [p for n, p in run.model.named_parameters() if n.startswith(prefixes)]
@@ -1007,16 +1023,17 @@ def fit(run, prefixes, total, loss_of, probe=None):
         optimizer.load_state_dict(run.optimizer_state)
         run.optimizer_state = None
     means, start = Means(), time.time()
-    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", unit="step",
-               mininterval=1, dynamic_ncols=True)
     run.model.train()
+    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", dynamic_ncols=True)
     while run.step < total and not run.stop:
         seed_from(config.seed, run.stage, run.step)
         with autocast(device):
             terms = loss_of(run.step)                            # dict of (B,)
         finite_or_stop(run, terms)
         optimizer.param_groups[0]["lr"] = lr = learning_rate(config, run.step, total)
-        norm = descend(optimizer, params, terms, config.grad_clip)
+        norm = gradient(optimizer, params, terms, config.grad_clip)
+        finite_or_stop(run, {"the gradient": norm})
+        optimizer.step()
         update_ema(pairs, config.ema, run.step)
         run.step += 1
         bar.update()
@@ -1027,7 +1044,6 @@ def fit(run, prefixes, total, loss_of, probe=None):
             bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
         if probe and (run.step % config.probe_every == 0 or run.step == total):
             probe()
-            run.model.train()
         if run.step % config.save_every == 0:
             run.save(optimizer)
     bar.close()
@@ -1037,6 +1053,7 @@ def fit(run, prefixes, total, loss_of, probe=None):
 @torch.no_grad()
 def coherence(model, x):
     """Figures that show what losses do not, on one batch x of held-out data: -> dict of floats.
+    Seeds PyTorch anew.
 
     "gap" (nats): how much worse the image decoder does with the z of another sample; near 0 it
     ignores z. "mask->image" and "attr->image" (F1): the image made from that modality, read by
@@ -1046,13 +1063,13 @@ def coherence(model, x):
         """What the model's own encoder and decoder see in an image."""
         return model.decoders[name].sample(model.posterior({"image": image})[0])
 
+    def image_nll(z):
+        torch.manual_seed(0)  # the same noise and times for every z
+        return model.decoders["image"].nll(z, x["image"]).mean().item()
+
     with autocast(x["image"].device):
         z = gaussian_sample(*model.posterior(x))
-        state = torch.get_rng_state()
-        right = model.decoders["image"].nll(z, x["image"])
-        torch.set_rng_state(state)  # the same noise and times for both
-        wrong = model.decoders["image"].nll(z.roll(1, 0), x["image"])
-        figures = {"gap": (wrong - right).mean().item()}
+        figures = {"gap": image_nll(z.roll(1, 0)) - image_nll(z)}
         for name in ("mask", "attr"):
             made = model.sample_conditional({name: x[name]}, sampler="dpm++", steps=10)["image"]
             figures[f"{name}->image"] = f1_samples(read(made, name), x[name]).mean().item()
@@ -1119,11 +1136,11 @@ def read_own(name, value, size):
                             f"{', '.join(ATTRIBUTES)}")
         return torch.tensor([[float(word in chosen) for word in ATTRIBUTES]])
     try:
-        picture = Image.open(value).convert("RGB" if name == "image" else "L")
-    except OSError as error:
+        picture = Image.open(value).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"--given {name}={value}: cannot be read as a picture ({error})") from None
     if name == "mask":
-        picture = picture.point(lambda v: 255 * (v > 0))
+        picture = Image.fromarray(np.asarray(picture).any(-1).astype(np.uint8) * 255)
     pixels = np.array(picture.resize((size, size), Image.Resampling.BILINEAR))
     arrays = {name: pixels[None] if name == "image" else (pixels[None] > 127).astype(np.uint8)}
     return to_tensors(arrays, "cpu")[name]
@@ -1247,7 +1264,7 @@ class Judge(nn.Module):
 JUDGE_FACES = 12_000
 
 
-def train_judge(data, seed, steps=900, batch_size=128):
+def train_judge(data, seed, steps=800, batch_size=64):
     """Supervised training on freshly drawn toy faces, or on a real data set's training split."""
     if data.toy:  # no face that the model has seen: another seed of the generator
         faces = data_prep.toy_faces(JUDGE_FACES, data.size, seed=1_000_003 + seed)
@@ -1269,14 +1286,19 @@ def train_judge(data, seed, steps=900, batch_size=128):
     return judge.eval()
 
 
-def get_judge(path, data, seed=0):
+def get_judge(path, data):
     """The judge cached at `path`, trained and saved there first if need be."""
     if not path.exists():
-        judge = train_judge(data, seed)
+        judge = train_judge(data, seed=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, judge.state_dict())
-    judge = Judge(data.size).to(data.device)
-    judge.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
+        return judge
+    try:
+        judge = Judge(data.size).to(data.device)
+        judge.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
+    except Exception as error:  # torch.load raises many kinds on damaged files
+        raise UserError(f"{path}: not a judge, or damaged ({type(error).__name__}); delete it to "
+                        "train it anew") from None
     return judge.eval()
 
 
@@ -1284,7 +1306,7 @@ def frechet_distance(a, b):
     """Between Gaussians fitted to features (N, D) and (M, D): |mu_a - mu_b|^2 + tr(C_a + C_b
     - 2 (C_a C_b)^1/2). The trace of the root is the sum of the roots of C_a C_b's eigenvalues.
     """
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                # (D, D)
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace()
@@ -1292,7 +1314,7 @@ def frechet_distance(a, b):
 
 
 def background(image):
-    """Mean colour of the upper left corner, which no face reaches: (B, 3, H, W) -> (B, 3)."""
+    """Mean colour of the upper left corner, which no toy face reaches: (B, 3, H, W) -> (B, 3)."""
     k = max(1, image.shape[-1] // 10)
     return image[:, :, :k, :k].mean((2, 3))
 
@@ -1332,7 +1354,7 @@ def evaluate(model, judge, data, num, sampler, steps, seed):
             pair = [background(image).flatten() for image in (made["image"], x["image"])]
             out["image -> attr: F1"] = f1(made["attr"], x["attr"])
             out["image -> mask: F1"] = f1(made["mask"], x["mask"])
-            out["image -> image: background correlation"] = \
+            out["image -> image: corner correlation"] = \
                 torch.corrcoef(torch.stack(pair))[0, 1].item()
         else:
             read = {"attr": attr, "mask": mask}[name]
@@ -1351,8 +1373,8 @@ def evaluate(model, judge, data, num, sampler, steps, seed):
 # === §10 Command line ===
 
 def parse_args(argv=None):
-    """All flags; those that default to None override the preset's value in Config."""
-    parser = argparse.ArgumentParser(
+    """All flags, checked."""
+    parser = data_prep.Parser(
         description="Diff-MVAE: train, sample and evaluate. Modes combine, in that order.")
     add = parser.add_argument_group("what to do").add_argument
     add("--dataset", choices=["celeba"], required=True,
@@ -1386,7 +1408,7 @@ def parse_args(argv=None):
 
 
 def add_training_flags(parser):
-    """Flags that define a model and its training; they need --train or --dry-run."""
+    """Flags that define a model and its training; None means the preset's value in Config."""
     group = parser.add_argument_group("training (defaults: by preset)")
     add, length = group.add_argument, group.add_mutually_exclusive_group()
     add("--preset", choices=list(PRESETS), help="sizes and training length (default: small for the "
@@ -1404,7 +1426,7 @@ def add_training_flags(parser):
     add("--batch-size", type=positive(int), help="samples a step of stage 1")
     add("--lr", type=positive(float), help="peak learning rate of Adam")
     add("--lr-schedule", choices=["cosine", "constant"],
-        help="after the warm-up: to zero along a cosine, or constant")
+        help="to zero along a cosine, or constant; a short warm-up comes first in both")
     add("--resume", action="store_true", help="continue the run exactly where its checkpoint is")
     add("--overwrite", action="store_true", help="start over in a folder that has a checkpoint")
 
@@ -1412,8 +1434,8 @@ def add_training_flags(parser):
 def natural(text):
     """An argparse type: a whole number from 0."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below zero")
+    if not 0 <= value < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is below zero or too large")
     return value
 
 
@@ -1442,6 +1464,8 @@ def check_args(parser, args):
         parser.error("--resume and --overwrite need --train")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
+    if args.eval_num == 1:
+        parser.error("--eval-num 1: a distance between distributions needs at least 2")
     if args.batch_size == 1:
         parser.error("--batch-size 1: batch normalisation needs at least 2")
     training = [n for n in ("preset", "prior_expert", "beta", "steps", "epochs", "aux_steps",
@@ -1460,6 +1484,22 @@ def pick_device(name):
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def trained_config(args, folder, dataset):
+    """The configuration of the run's checkpoint; UserError if the flags ask for something else."""
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    config, stage, step = Config(**checkpoint["config"]), checkpoint["stage"], checkpoint["step"]
+    asked = {"dataset": dataset, "decoder": args.decoder, "weighting": args.weighting}
+    for name, value in asked.items():
+        if value not in (None, getattr(config, name)):
+            raise UserError(f"{folder}: trained with {name} {getattr(config, name)}, not {value}")
+    if stage == 1 and args.sample == "uncond" and args.prior == "aux":
+        raise UserError(f"{folder}: the auxiliary model is not trained yet; go on with --train "
+                        "--resume, or take --prior gaussian")
+    if (stage, step) != (2, config.aux_steps):
+        print(f"{folder}: training is not finished (stage {stage}, step {step})", file=sys.stderr)
+    return config
+
+
 def choose(args):
     """Device, data, configuration and run folder from the flags and from what is on the disk."""
     device, source = pick_device(args.device), args.data or Path("data") / args.dataset
@@ -1467,21 +1507,28 @@ def choose(args):
     variant = "-feedforward" * (args.decoder == "feedforward") + \
         "-likelihood" * (args.weighting == "likelihood")
     folder = args.run or Path("runs") / f"{args.dataset}{'-toy' * toy}{variant}"
+    named = args.dataset + "-toy" * toy
     if args.train or args.dry_run:
         preset = args.preset or ("small" if toy else "paper")
-        values = dict(PRESETS[preset], dataset=args.dataset)
+        values = dict(PRESETS[preset], dataset=named)
         values.update({n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None})
         config = Config(**values)
-    else:  # a trained model keeps its own
-        config = Config(**read_checkpoint(folder / "checkpoint.pt")["config"])
+    else:
+        config = trained_config(args, folder, named)
     if toy:
         print(f"*** No data at {source}: using the built-in TOY FACES, preset {config.preset}. ***")
-    data = toy_data(config.image_size, device) if toy else load_data(source, device)
-    if args.epochs:
-        per_epoch = max(1, len(data.split["train"]) // config.batch_size)
-        config = replace(config, steps=args.epochs * per_epoch)
+        few = {"train": config.batch_size, "val": 2, "test": 2} if args.dry_run else None
+        data = toy_data(config.image_size, device, few)
+    else:
+        data = load_data(source, device)
     if args.train or args.dry_run:
-        config = replace(config, image_size=data.size)
+        steps = args.epochs * data.batches(config.batch_size) if args.epochs else config.steps
+        config = replace(config, image_size=data.size, steps=steps)
+    unit = max(math.prod(config.image_rates), math.prod(config.mask_rates),
+               config.patch * 2 ** (len(config.unet_mults) - 1))
+    if config.image_size % unit:
+        raise UserError(f"{source}: {config.image_size} px, preset {config.preset} needs a "
+                        f"multiple of {unit}; take --preset small or prepare another --size")
     return device, data, config, folder
 
 
@@ -1504,11 +1551,12 @@ def dry_run(config, data, device):
         terms = model.neg_elbo(data.batch(config.batch_size, config.seed, 0))
     terms["total"].mean().backward()
     optimizer.step()
-    print(f"one training step, batch {config.batch_size}: {time.time() - start:.2f} s; " +
-          ", ".join(f"{n} {v.mean().item():.1f}" for n, v in terms.items()) + " nats")
+    values = ", ".join(f"{n} {v.mean().item():.1f}" for n, v in terms.items())  # waits for a GPU
+    print(f"one training step, batch {config.batch_size}: {time.time() - start:.2f} s; {values}")
     start = time.time()
     with autocast(device):
-        model.eval().sample_conditional(data.rows(data.split["test"][:1]), steps=1)
+        made = model.eval().sample_conditional(data.rows(data.split["test"][:1]), steps=1)
+    made["image"].cpu()
     print(f"one DDIM step, 1 picture: {time.time() - start:.2f} s")
     if device.type == "cuda":
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB")
@@ -1522,11 +1570,15 @@ def run_training(args, config, data, folder, device):
     if exists and not (args.resume or args.overwrite):
         raise UserError(f"{folder}: has a checkpoint; --resume continues it, --overwrite starts "
                         "over")
+    if args.resume and not exists:
+        raise UserError(f"{folder}: no checkpoint to resume; start with --train alone")
     run = Run(folder, config, device)
     print(f"{folder}: parameters: {parameter_counts(run.model)}")
-    if exists and args.resume:
+    if args.resume:
         run.restore()
     else:
+        (folder / "eval.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "samples", ignore_errors=True)
         run.log_file_of([])
         run.save(None)  # an unwritable folder shows now, and an older run ends here
 
@@ -1558,7 +1610,8 @@ def run_sampling(args, model, data, folder):
 
 def run_evaluation(args, model, data, folder):
     """--eval: print the figures and write eval.json."""
-    name = f"judge-{args.dataset}{'-toy' * data.toy}-{data.size}.pt"
+    count = JUDGE_FACES if data.toy else len(data.split["train"])
+    name = f"judge-{args.dataset}{'-toy' * data.toy}-{data.size}px-{count}.pt"
     judge, device = get_judge(folder.parent / name, data), data.device
     start = time.time()
     with autocast(device):
@@ -1597,6 +1650,9 @@ def main(argv=None):
     except (UserError, OSError) as error:
         print(f"diffmvae.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("diffmvae.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
