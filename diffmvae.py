@@ -100,7 +100,7 @@ class Config:
     # Objective, Eq. 5
     decoder: str = "diffusion"      # or "feedforward": Eq. 5 becomes Eq. 4
     weighting: str = "simple"       # lambda(t) = 1 (Diff-MVAE*); "likelihood": g^2 (Diff-MVAE)
-    warmup: float = 0.6             # share of the steps with weight 1/alpha^2 first; 0: off
+    warmup: float = 0.4             # share of the steps with weight 1/alpha^2 first; 0: off
     beta: float = 0.1               # weight of the KL term; the paper's is unknown
     attr_weight: float = 20.0       # weight of the 18-dimensional attribute term (README, Choices)
     prior_expert: bool = False      # N(0, I) as one more expert of the full subset, as in MoPoE
