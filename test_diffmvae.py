@@ -89,7 +89,7 @@ def test_product_of_experts_is_the_product_on_a_grid():
     mus, variances = np.array([0.5, -1.0, 2.0]), np.array([0.4, 1.5, 3.0])
     grid = np.linspace(-15, 15, 300_001)
     for subset in ([1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 1]):
-        log_density = sum(-(grid - m) ** 2 / (2 * v) for m, v, s in zip(mus, variances, subset) if s)
+        log_density = sum(-(grid - m) ** 2 / (2 * v) * s for m, v, s in zip(mus, variances, subset))
         p = np.exp(log_density - log_density.max())
         mean = (p * grid).sum() / p.sum()
         variance = (p * (grid - mean) ** 2).sum() / p.sum()
@@ -101,7 +101,7 @@ def test_product_of_experts_is_the_product_on_a_grid():
 
 
 def test_product_of_experts_contract():
-    """Order-free; absent experts count for nothing even as NaN, in gradients too; none is an error."""
+    """Order-free; absent experts count for nothing even as NaN, in gradients too; none: error."""
     mu = torch.randn(4, 3, 5, requires_grad=True)
     logvar = torch.randn(4, 3, 5)
     subset = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
@@ -110,7 +110,8 @@ def test_product_of_experts_contract():
     other = D.product_of_experts(mu[:, order], logvar[:, order], subset[:, order])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(want, other))
     poisoned = mu.masked_fill(~subset.unsqueeze(-1), math.nan)
-    got = D.product_of_experts(poisoned, logvar.masked_fill(~subset.unsqueeze(-1), math.nan), subset)
+    unknown = logvar.masked_fill(~subset.unsqueeze(-1), math.nan)
+    got = D.product_of_experts(poisoned, unknown, subset)
     assert all(torch.equal(a, b) for a, b in zip(want, got))
     got[0].sum().backward()
     assert torch.isfinite(mu.grad).all() and (mu.grad[~subset] == 0).all()
@@ -205,7 +206,7 @@ def test_uniform_time_and_its_weights():
     assert t.mean().item() == pytest.approx(0.5005, abs=1e-4)
     assert t.var().item() == pytest.approx(0.999 ** 2 / 12, rel=1e-3)
     t, weight = SDE.draw_time(1000, "v", "cpu")
-    assert torch.allclose(weight * torch.exp(-(0.1 * t + 9.95 * t ** 2)), torch.ones(1000), rtol=1e-4)
+    assert torch.allclose(weight, torch.exp(0.1 * t + 9.95 * t ** 2), rtol=1e-4)
     first = torch.stack([SDE.draw_time(8, "simple", "cpu")[0] for _ in range(20_000)])[:, 0]
     assert first.mean().item() == pytest.approx(0.5005, abs=0.01)  # each place is uniform
 
@@ -272,7 +273,8 @@ def test_samplers_gaussian(sampler, steps, tolerance):
 def test_samplers_converge_at_their_order():
     """DDIM and DPM-Solver++ follow the same ODE; the second-order solver is closer to its end."""
     fine = draw("ddim", 4000, gaussian_eps(0.3, 0.25), n=64)
-    coarse = {s: (draw(s, 20, gaussian_eps(0.3, 0.25), n=64) - fine).abs().mean() for s in ("ddim", "dpm++")}
+    coarse = {s: (draw(s, 20, gaussian_eps(0.3, 0.25), n=64) - fine).abs().mean()
+              for s in ("ddim", "dpm++")}
     assert coarse["dpm++"] < 0.5 * coarse["ddim"] < 0.1
 
 
@@ -288,7 +290,8 @@ def test_samplers_times(sampler, first, last):
         seen.append(t[0].item())
         return torch.zeros_like(x)
     draw(sampler, 50, spy, n=3)
-    assert len(seen) == 50 and seen[0] == pytest.approx(first) and seen[-1] == pytest.approx(last, rel=1e-4)
+    assert len(seen) == 50 and seen[0] == pytest.approx(first)
+    assert seen[-1] == pytest.approx(last, rel=1e-4)
     assert all(a > b for a, b in zip(seen, seen[1:])) and min(seen) >= SDE.t_min - 1e-9
     if sampler in ("ddim", "ddpm"):
         assert np.allclose(seen, 1 - np.arange(50) / 50, atol=1e-6)
@@ -354,7 +357,8 @@ def bound_constants(mu, variance):
     KL(q(x_1|x) || p(x_1|z)) at the noisy end plus E[-log p(x|x_s, z)] at s = t_min."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     z, weights = mu + math.sqrt(variance) * nodes, weights / weights.sum()
-    alpha, sigma = (f(torch.tensor([SDE.t_min, 1.0], dtype=torch.float64)).numpy() for f in (SDE.alpha, SDE.sigma))
+    ends = torch.tensor([SDE.t_min, 1.0], dtype=torch.float64)
+    alpha, sigma = SDE.alpha(ends).numpy(), SDE.sigma(ends).numpy()
     x, m, v = POINT[0], WEIGHTS[0] * z, STDS[0] ** 2
     marginal = alpha[1] ** 2 * v + sigma[1] ** 2
     prior = 0.5 * (math.log(marginal / sigma[1] ** 2) - 1
@@ -390,14 +394,15 @@ def test_eq5_is_log_evidence_for_the_exact_posterior(monkeypatch):
         terms = model.neg_elbo(x)
         mu, logvar = model.fuse(*model.encode(one), subset[None])
         bound = -terms["total"] - bound_constants(mu.item(), logvar.exp().item())
-        gap = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(exact[0], (0.5 * exact[1]).exp()))
+        gap = kl_divergence(Normal(mu, (0.5 * logvar).exp()),
+                            Normal(exact[0], (0.5 * exact[1]).exp()))
         within(bound, log_evidence() - gap.item())
         assert bound.std() / 400_000 ** 0.5 < 0.03               # the estimate is sharp
         assert gap < 1e-6 if subset.all() else gap > 0.1
 
 
 def test_eq4_elbo_is_tight(monkeypatch):
-    """[Eq. 3] [Eq. 4] feed-forward decoders only: E_q log p(x|z) - KL = log p(x) for the exact q."""
+    """[Eq. 3] [Eq. 4] feed-forward decoders: E_q log p(x|z) - KL = log p(x) for the exact q."""
     model = model_of(tiny(decoder="feedforward", beta=1.0, attr_weight=1.0))
     model.encoders = nn.ModuleDict({n: LinearExpert(i) for i, n in enumerate(D.MODALITIES)})
     model.decoders = nn.ModuleDict({n: LinearDecoder(i) for i, n in enumerate(D.MODALITIES)})
@@ -437,7 +442,8 @@ def test_subsets_are_drawn_uniformly_per_sample(faces, monkeypatch):
         seen.append(subset)
         return original(mu, logvar, subset)
     monkeypatch.setattr(D, "product_of_experts", spy)
-    monkeypatch.setattr(model, "encode", lambda x: (torch.randn(70_000, 3, 16), torch.zeros(70_000, 3, 16)))
+    experts = torch.randn(70_000, 3, 16), torch.zeros(70_000, 3, 16)
+    monkeypatch.setattr(model, "encode", lambda x: experts)
     for decoder in model.decoders.values():
         monkeypatch.setattr(decoder, "nll", lambda z, x: z[:, 0])
     torch.manual_seed(0)
@@ -526,8 +532,9 @@ def test_conditional_z_is_a_sample_of_the_product(faces):
 @pytest.mark.parametrize("sampler", list(D.SAMPLERS))
 def test_a_picture_depends_on_its_own_seed_not_its_batch(faces, sampler):
     model = randomise(model_of(tiny()))
-    many, few = (model.sample_conditional({"mask": faces["mask"][:n]}, sampler=sampler, steps=4,
-                                          generator=torch.Generator().manual_seed(7)) for n in (6, 2))
+    many, few = (model.sample_conditional(
+        {"mask": faces["mask"][:n]}, sampler=sampler, steps=4,
+        generator=torch.Generator().manual_seed(7)) for n in (6, 2))
     assert torch.allclose(many["image"][:2], few["image"], atol=1e-4)
     other = model.sample_unconditional(2, steps=4, generator=torch.Generator().manual_seed(8))
     again = model.sample_unconditional(5, steps=4, generator=torch.Generator().manual_seed(8))
@@ -752,7 +759,7 @@ def test_warmup_weighting(tmp_path):
 
 
 def test_auxiliary_moments_are_those_of_the_samples(tmp_path, monkeypatch):
-    """[Sec. 3.4] mean and std of z ~ q(z|x) over the training set: spread of the means and noise."""
+    """[Sec. 3.4] mean and std of z ~ q(z|x) over the training set: spread of means, and noise."""
     run, data = start(tmp_path, steps=1, aux_steps=1)
     mu, logvar = 3 + 2 * torch.randn(5000, 16), torch.full((5000, 16), math.log(0.5))
     monkeypatch.setattr(D, "full_posteriors", lambda *_: (mu, logvar))
@@ -850,7 +857,8 @@ def draw_raw(folder, n=12, mapping=True, size=64):
     lines, values = [str(n), " ".join(names)], rng.choice([-1, 1], (n, len(names)))
     for k in range(n):
         pixels = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
-        Image.fromarray(pixels).resize((2 * size, 2 * size)).save(folder / data_prep.IMAGES / f"{k}.jpg")
+        picture = Image.fromarray(pixels).resize((2 * size, 2 * size))
+        picture.save(folder / data_prep.IMAGES / f"{k}.jpg")
         for i, part in enumerate(("skin", "hair", "nose", "cloth")):
             mask = np.zeros((size, size, 3), np.uint8)
             mask[16 * i:16 * i + 16, :32] = 255                  # a quarter high, half wide
@@ -875,14 +883,16 @@ def test_prepare_celeba(tmp_path):
     values = draw_raw(tmp_path / "raw")
     result = prepare(tmp_path / "raw", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    image, mask, attr = (np.load(tmp_path / "out" / f"{n}.npy", mmap_mode="r") for n in D.MODALITIES)
+    image, mask, attr = (np.load(tmp_path / "out" / f"{n}.npy", mmap_mode="r")
+                         for n in D.MODALITIES)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     want = np.zeros((16, 16), np.uint8)
     want[4:, :8] = 1                                             # hair, nose, cloth; not the skin
     assert all(np.array_equal(m, want) for m in mask)
     assert np.array_equal(attr, (values == 1).astype(np.uint8))
-    full = Image.open(tmp_path / "raw" / data_prep.IMAGES / "3.jpg").resize((16, 16), Image.BILINEAR)
-    assert np.abs(np.asarray(full).astype(int) - image[3]).mean() < 2  # reduced decoding is harmless
+    full = Image.open(tmp_path / "raw" / data_prep.IMAGES / "3.jpg")
+    full = np.asarray(full.resize((16, 16), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(full - image[3]).mean() < 2                    # reduced decoding is harmless
     assert meta["split"]["val"] == [2, 3] and meta["split"]["test"] == [4, 5]
     assert meta["counts"] == {"train": 8, "val": 2, "test": 2} and meta["count"] == 12
     assert meta["attributes"] == list(data_prep.ATTRIBUTES) and meta["size"] == 16
@@ -925,10 +935,12 @@ def break_mask_size(raw):
 @pytest.mark.parametrize("damage,words", [
     (lambda raw: (raw / data_prep.ATTRIBUTE_FILE).unlink(), "no CelebAMask-HQ-attribute-anno.txt"),
     (lambda raw: (raw / data_prep.IMAGES / "2.jpg").unlink(), "1 of 12 images are missing"),
-    (lambda raw: [p.unlink() for p in (raw / data_prep.MASKS / "0").glob("00006_*")], "no mask of face 6"),
+    (lambda raw: [p.unlink() for p in (raw / data_prep.MASKS / "0").glob("00006_*")],
+     "no mask of face 6"),
     (lambda raw: (raw / data_prep.MAPPING_FILE).write_text("a\n0 0 x\n"), "no line for 11 images"),
     (break_image, "7.jpg: cannot be read"), (break_row, "line 8 is not"),
-    (break_count, "line 1 says 12 images, 11 rows"), (break_mask_size, "00004_hair.png: 64x64 pixels, another part")])
+    (break_count, "line 1 says 12 images, 11 rows"),
+    (break_mask_size, "00004_hair.png: 64x64 pixels, another part")])
 def test_prepare_names_what_is_wrong(tmp_path, damage, words):
     """One line on stderr with the file, exit code 2, no output folder."""
     draw_raw(tmp_path / "raw")
@@ -969,16 +981,16 @@ def test_toy_attributes_are_visible(name):
     changed = []
     for seed in range(300):
         has = data_prep.draw_attributes(np.random.default_rng(seed))
-        hidden = {"Bald": ("Bangs", "Receding_Hairline", "Wearing_Hat", "Straight_Hair", "Wavy_Hair"),
-                  "Wearing_Hat": ("Bangs", "Receding_Hairline")}
+        hidden = {"Bald": ("Bangs", "Receding_Hairline", "Wearing_Hat", "Straight_Hair",
+                           "Wavy_Hair"), "Wearing_Hat": ("Bangs", "Receding_Hairline")}
         colours = list(data_prep.HAIR_COLOURS)
         if any(has[n] for n in ("Bald", "Wearing_Hat", "Bangs", "Receding_Hairline", *colours)) \
                 and name in ("Bald", "Wearing_Hat", "Bangs", "Receding_Hairline", *colours):
             continue
         if any(has[n] and name in hidden[n] for n in hidden) or (has["Bald"] and name in colours):
             continue
-        faces = [data_prep.draw_face(dict(has, **{name: value}), np.random.default_rng(seed))[0].astype(int)
-                 for value in (False, True)]
+        faces = [data_prep.draw_face({**has, name: value}, np.random.default_rng(seed))[0]
+                 .astype(int) for value in (False, True)]
         changed.append((np.abs(faces[0] - faces[1]).max(-1) > 40).sum())
     assert len(changed) >= 10 and np.median(changed) >= 6, (len(changed), np.median(changed))
 
@@ -1023,7 +1035,7 @@ def test_frechet_distance_closed_form():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200_000, 3, generator=generator)
     noise = (noise - noise.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(noise.T))).T
-    mean, s, t = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.3, 1.0, 1.5])
+    mean, s, t = torch.tensor([[1.0, -2.0, 0.5], [1.0, 2.0, 0.5], [0.3, 1.0, 1.5]])
     got = D.frechet_distance(noise * s, noise * t + mean)
     assert got == pytest.approx((mean.square().sum() + (s - t).square().sum()).item(), rel=1e-3)
     assert D.frechet_distance(noise, noise) == pytest.approx(0, abs=1e-3)
@@ -1035,12 +1047,15 @@ def test_own_input(tmp_path):
     mask[:50] = 7
     Image.fromarray(mask).save(tmp_path / "m.png")
     Image.new("RGB", (50, 80), (255, 0, 0)).save(tmp_path / "i.jpg", quality=100)
-    Image.fromarray(mask[..., None] * np.array([0, 0, 1], np.uint8) // 7).save(tmp_path / "blue.png")
+    blue = Image.fromarray(mask[..., None] * np.array([0, 0, 1], np.uint8) // 7)
+    blue.save(tmp_path / "blue.png")
     assert D.read_given([f"mask={tmp_path}/blue.png"], 16)[1]["mask"][0, 0, :8].all()  # not black
-    names, x = D.read_given([f"mask={tmp_path}/m.png", f"image={tmp_path}/i.jpg", "attr=Smiling,Bald"], 16)
+    names, x = D.read_given(
+        [f"mask={tmp_path}/m.png", f"image={tmp_path}/i.jpg", "attr=Smiling,Bald"], 16)
     assert names == ["mask", "image", "attr"]
-    assert x["mask"].shape == (1, 1, 16, 16) and x["mask"][0, 0, :8].all() and not x["mask"][0, 0, 8:].any()
-    assert x["image"].shape == (1, 3, 16, 16) and x["image"][0, 0].min() > 0.95 > -0.95 > x["image"][0, 1].max()
+    mask, (red, green, _) = x["mask"][0, 0], x["image"][0]
+    assert mask.shape == (16, 16) and mask[:8].all() and not mask[8:].any()
+    assert red.shape == (16, 16) and red.min() > 0.95 and green.max() < -0.95
     assert D.words(x["attr"][0]) == ["Bald", "Smiling"]
     assert D.read_given(["mask", "attr"], 16) == (["mask", "attr"], None)
     assert D.words(D.read_given(["attr="], 16)[1]["attr"][0]) == []
@@ -1054,7 +1069,8 @@ def test_grid_and_its_record(tmp_path, faces):
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["given"] == ["mask", "attr"] and len(record["rows"]) == 3
     rows = data.split["test"][:3]
-    assert [r["given: attr"] for r in record["rows"]] == [D.words(a) for a in data.rows(rows)["attr"]]
+    want = [D.words(attr) for attr in data.rows(rows)["attr"]]
+    assert [row["given: attr"] for row in record["rows"]] == want
     grid = np.asarray(Image.open(path))
     assert grid.shape[0] == 44 + 3 * 134
     given = grid[44:44 + 128, 72:72 + 128, 0]                    # first cell: the mask of test 0
@@ -1067,7 +1083,8 @@ def test_evaluation_is_reproducible(tmp_path, monkeypatch):
     run, data = start(tmp_path)
     trained = []
     original = D.train_judge
-    monkeypatch.setattr(D, "train_judge", lambda data, seed: trained.append(1) or original(data, seed, 4, 8))
+    monkeypatch.setattr(D, "train_judge",
+                        lambda data, seed: trained.append(1) or original(data, seed, 4, 8))
     monkeypatch.setattr(D, "JUDGE_FACES", 64)
     results = [D.evaluate(run.ema, D.get_judge(tmp_path / "judge.pt", data), data, 8, "ddim", 2, 0)
                for _ in range(2)]
@@ -1088,8 +1105,8 @@ def trained(tmp_path_factory):
     return folder, result
 
 
-SHORT = "import sys, diffmvae as D; D.TOY_COUNTS = dict(train=64, val=8, test=8); D.JUDGE_FACES = 64; " \
-        "D.train_judge.__defaults__ = (4, 8); sys.exit(D.main(sys.argv[1:]))"
+SHORT = "import sys, diffmvae as D; D.TOY_COUNTS = dict(train=64, val=8, test=8); " \
+        "D.JUDGE_FACES = 64; D.train_judge.__defaults__ = (4, 8); sys.exit(D.main(sys.argv[1:]))"
 PATHS = {**os.environ, "PYTHONPATH": str(HERE)}
 
 
@@ -1114,9 +1131,12 @@ def test_command_train_and_sample(trained):
 
 
 @pytest.mark.parametrize("flags,file", [
-    ("--sample uncond", "uncond-aux-seed0"), ("--sample uncond --prior gaussian", "uncond-gaussian-seed0"),
-    ("--sample cond --given image attr --seed 3 --sampler euler-maruyama", "given-image-attr-seed3"),
-    ("--sample cond --given attr=Smiling,Eyeglasses --sampler ddpm --device cpu", "given-attr-own-seed0"),
+    ("--sample uncond", "uncond-aux-seed0"),
+    ("--sample uncond --prior gaussian", "uncond-gaussian-seed0"),
+    ("--sample cond --given image attr --seed 3 --sampler euler-maruyama",
+     "given-image-attr-seed3"),
+    ("--sample cond --given attr=Smiling,Eyeglasses --sampler ddpm --device cpu",
+     "given-attr-own-seed0"),
     ("--sample cond --given mask --sampler dpm++ --run runs/celeba-toy", "given-mask-seed0")])
 def test_command_sample(trained, flags, file):
     folder, _ = trained
@@ -1145,8 +1165,10 @@ def test_command_resume_and_overwrite(trained):
     result = command(folder, flags + "--overwrite --epochs 1 --lr 1e-4 --lr-schedule constant "
                      "--beta 0.2 --preset small --prior-expert")
     config = D.load(folder / "other/checkpoint.pt").config
-    assert result.returncode == 0 and (config.steps, config.batch_size, config.aux_steps) == (2, 32, 1)
-    assert (config.lr, config.lr_schedule, config.beta, config.prior_expert) == (1e-4, "constant", 0.2, True)
+    assert result.returncode == 0
+    assert (config.steps, config.batch_size, config.aux_steps) == (2, 32, 1)
+    assert (config.lr, config.lr_schedule, config.beta) == (1e-4, "constant", 0.2)
+    assert config.prior_expert
     new = weights(folder / "other")
     assert any(not torch.equal(old[k], new[k]) for k in old) and not stale.exists()
     assert {json.loads(line)["step"] for line in open(folder / "other/log.jsonl")} == {1, 2}
@@ -1158,8 +1180,8 @@ def test_command_resume_and_overwrite(trained):
                                        ("--weighting likelihood", "celeba-toy-likelihood")])
 def test_command_variants(tmp_path, flags, run):
     """Each variant has its own run folder, and sampling finds it by the same flag."""
-    result = command(tmp_path, flags + " --train --steps 2 --aux-steps 1 --batch-size 8 --sample uncond "
-                     "--num 2 --sampler-steps 2")
+    result = command(tmp_path, flags + " --train --steps 2 --aux-steps 1 --batch-size 8 --sample "
+                     "uncond --num 2 --sampler-steps 2")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / run / "samples" / "uncond-aux-seed0.png").exists()
     assert command(tmp_path, flags + " --sample uncond --num 1 --sampler-steps 1").returncode == 0
@@ -1215,8 +1237,8 @@ def test_command_on_prepared_data(tmp_path):
     """Raw data to arrays to training, sampling and evaluation; a size the preset cannot take."""
     draw_raw(tmp_path / "raw", n=30, mapping=False)
     assert prepare(tmp_path / "raw", tmp_path / "data" / "celeba").returncode == 0
-    result = command(tmp_path, "--preset small --train --steps 2 --aux-steps 1 --batch-size 4 --sample "
-                     "cond --given mask --num 2 --sampler-steps 2 --eval --eval-num 3")
+    result = command(tmp_path, "--preset small --train --steps 2 --aux-steps 1 --batch-size 4 "
+                     "--sample cond --given mask --num 2 --sampler-steps 2 --eval --eval-num 3")
     assert result.returncode == 0 and "TOY" not in result.stdout, result.stderr
     assert (tmp_path / "runs/celeba/samples/given-mask-seed0.png").exists()
     assert json.loads((tmp_path / "runs/celeba/eval.json").read_text())["items"] == 3
@@ -1230,7 +1252,8 @@ def test_command_on_prepared_data(tmp_path):
 
 
 @pytest.mark.parametrize("flags,words", [
-    ("", "nothing to do"), ("--sample cond", "belong together"), ("--sample uncond --given mask", "belong together"),
+    ("", "nothing to do"), ("--sample cond", "belong together"),
+    ("--sample uncond --given mask", "belong together"),
     ("--sample cond --given sound", "choose from image, mask, attr"),
     ("--sample cond --given mask mask", "each once"),
     ("--sample cond --given mask attr=Bald", "all your own"),
@@ -1238,7 +1261,8 @@ def test_command_on_prepared_data(tmp_path):
     ("--sample cond --given mask=nowhere.png", "cannot be read as a picture"),
     ("--sample uncond", "train first with --train"), ("--eval --run nowhere", "train first"),
     ("--train --data nowhere", "not a complete data set"),
-    ("--train --steps 0", "not above zero"), ("--train --seed -1", "below zero"), ("--train --lr -1", "not above zero"),
+    ("--train --steps 0", "not above zero"), ("--train --seed -1", "below zero"),
+    ("--train --lr -1", "not above zero"),
     ("--train --steps 5 --epochs 5", "not allowed with"), ("--train --batch-size 1", "at least 2"),
     ("--resume --sample uncond", "need --train"), ("--train --resume", "no checkpoint to resume"),
     ("--eval --eval-num 1", "at least 2"), ("--train --resume --overwrite", "exclude each other"),
@@ -1257,9 +1281,9 @@ SOURCE, TESTS = (HERE / "diffmvae.py").read_text(), Path(__file__).read_text()
 
 
 def test_import_does_nothing_else(tmp_path):
-    code = "import sys; before = set(sys.modules); import diffmvae, torch; " \
-           "assert not torch.cuda.is_initialized(); print('quiet')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=PATHS)
+    code = "import diffmvae, torch; assert not torch.cuda.is_initialized(); print('quiet')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, env=PATHS)
     assert result.stdout == "quiet\n" and not result.stderr and not list(tmp_path.iterdir())
 
 
@@ -1269,7 +1293,7 @@ def test_equation_tags_agree():
     index, used, proved = (set(re.findall(r"(?:Eq|Sec)\. \d(?:\.\d)?", " ".join(
         re.findall(r"\[[^]]*(?:Eq|Sec)\. [^]]*\]", text)))) for text in (header, code, TESTS))
     equations = {tag for tag in used if tag.startswith("Eq")}
-    assert equations == {f"Eq. {k}" for k in range(1, 6)} == {t for t in index if t.startswith("Eq")}
+    assert equations == {f"Eq. {k}" for k in range(1, 6)} == {t for t in index if "Eq" in t}
     assert equations <= proved and used <= index
 
 
@@ -1281,7 +1305,7 @@ def test_contents_match_the_banners():
     assert [int(n) for n, _ in banners] == sorted(listed) == list(range(1, 11))
 
 
-@pytest.mark.parametrize("name", ["diffmvae.py", "data_prep.py"])
+@pytest.mark.parametrize("name", ["diffmvae.py", "data_prep.py", "test_diffmvae.py"])
 def test_style(name):
     """Functions up to 40 lines, lines up to 100 columns."""
     source = (HERE / name).read_text()
@@ -1305,8 +1329,8 @@ def test_every_flag_has_help_and_a_test():
 def test_readme_commands_parse():
     """Every diffmvae.py and data_prep.py command of the README is one the scripts accept."""
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    commands = [c for line in re.findall(r"^(?:    )?(?:.*&& )?(python (?:diffmvae|data_prep)\.py .*)$", text, re.M)
-                for c in [line.split(" # ")[0].split(" && ")[0]]]
+    pattern = r"^    (?:.*&& )?(python (?:diffmvae|data_prep)\.py .*)$"
+    commands = re.findall(pattern, text, re.M)
     assert len(commands) >= 8
     for line in commands:
         script, *flags = shlex.split(line)[1:]
