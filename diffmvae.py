@@ -853,6 +853,9 @@ def learning_rate(config, step, total):
     return config.lr * min(1.0, (step + 1) / config.lr_warmup) * decay
 
 
+FORMAT = 1  # of the checkpoints below
+
+
 def save_checkpoint(path, checkpoint):
     """Atomic: written beside `path`, flushed to the disk, renamed."""
     part = path.with_suffix(".part")
@@ -887,9 +890,6 @@ def read_checkpoint(path, device="cpu"):
     except Exception as error:  # torch.load raises many kinds on damaged files
         raise UserError(f"{path}: not a checkpoint of this script, or damaged "
                         f"({type(error).__name__})") from None
-
-
-FORMAT = 1
 
 
 def load(checkpoint_path, device="cpu"):
