@@ -1024,7 +1024,7 @@ def fit(run, prefixes, total, loss_of, probe=None):
         run.optimizer_state = None
     means, start = Means(), time.time()
     run.model.train()
-    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", dynamic_ncols=True)
+    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", mininterval=1)
     while run.step < total and not run.stop:
         seed_from(config.seed, run.stage, run.step)
         with autocast(device):
@@ -1273,7 +1273,7 @@ def train_judge(data, seed, steps=800, batch_size=64):
     judge = Judge(data.size).to(data.device)
     optimizer = torch.optim.Adam(judge.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    for step in tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True):
+    for step in tqdm(range(steps), desc="judge", mininterval=1):
         x = data.batch(batch_size, seed, step)
         with autocast(data.device):
             _, attr, mask = judge(x["image"])
@@ -1329,7 +1329,7 @@ def in_parts(sample, n, seed):
     """sample(start, stop, generator) for n items, 250 at a time: -> dict of all modalities."""
     generator = torch.Generator().manual_seed(seed)
     parts = [sample(k, min(k + 250, n), generator)
-             for k in tqdm(range(0, n, 250), leave=False, dynamic_ncols=True)]
+             for k in tqdm(range(0, n, 250), leave=False)]
     return {name: torch.cat([part[name] for part in parts]) for name in MODALITIES}
 
 
