@@ -262,15 +262,15 @@ def sample_ddim(sde, predict, x, steps, noise):
 
 
 def sample_ddpm(sde, predict, x, steps, noise):
-    """Ancestral: x_s ~ q(x_s | x_t, x_0_hat), Bayes' rule of two Gaussians; at s = 0 no noise."""
+    """Ancestral: x_s ~ q(x_s | x_t, x_0_hat), by Bayes' rule of two Gaussians."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     for t, s in zip(times[:-1], times[1:]):
         x0, _ = predict(x, t)
         alpha_ts = sde.alpha(t) / sde.alpha(s)                   # x_t = alpha_ts x_s + noise
         var_ts = sde.sigma(t) ** 2 - alpha_ts ** 2 * sde.sigma(s) ** 2
         mean = (alpha_ts * sde.sigma(s) ** 2 * x + sde.alpha(s) * var_ts * x0) / sde.sigma(t) ** 2
-        std = sde.sigma(s) * var_ts.sqrt() / sde.sigma(t)
-        x = mean + std * noise(*x.shape[1:]) if s > 0 else mean
+        std = sde.sigma(s) * var_ts.sqrt() / sde.sigma(t)        # 0 at s = 0: no noise at the end
+        x = mean + std * noise(*x.shape[1:])
     return x
 
 
