@@ -613,6 +613,13 @@ def test_unet_uses_time_and_z():
     assert not torch.allclose(base, unet(x, t, -z), atol=1e-3)
 
 
+def test_time_embedding():
+    """The network sees 1000 t: cos, then sin, of 1000 t / 10000^(k / half)."""
+    angles = 370 / 10_000 ** (np.arange(4) / 4)
+    want = np.concatenate([np.cos(angles), np.sin(angles)])
+    assert np.allclose(D.time_embedding(torch.tensor([0.37]), 8)[0], want, atol=1e-3)
+
+
 def test_published_sizes():
     """[Sec. 4.2] latent 256 at 128x128; the image encoder is Soft-IntroVAE's of 18.46 M."""
     config = D.Config()
