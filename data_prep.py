@@ -1,13 +1,19 @@
-"""Data for diffmvae.py: raw data sets to memory-mappable arrays, and the built-in toy faces.
+"""Data for diffmvae.py: raw data sets to memory-mappable arrays; built-in toy faces and birds.
 
     python data_prep.py --dataset celeba --raw CelebAMask-HQ            # 128x128, paper Sec. 4.2
     python data_prep.py --dataset celeba --raw CelebAMask-HQ --size 64  # for a laptop
+    python data_prep.py --dataset cub --raw FOLDER                      # 64x64, paper Sec. 4.1
+
+FOLDER has either CUB_200_2011/images and Reed's text_c10, or what the MMVAE download holds: train,
+test, text_trainvalclasses.txt and text_testclasses.txt. The splits of CUB share no class; where
+the raw data divide the classes only in two, the last twentieth of those to train on is validation.
 
 What a prepared folder holds (`--out`, default data/<dataset>):
 
     image.npy  (N, H, W, 3) uint8   RGB 0..255
-    mask.npy   (N, H, W)    uint8   0 or 1: the composite of all face parts but the skin
-    attr.npy   (N, 18)      uint8   0 or 1: the 18 attributes in the order of ATTRIBUTES
+    mask.npy   (N, H, W)    uint8   celeba, 0 or 1: the composite of all face parts but the skin
+    attr.npy   (N, 18)      uint8   celeba, 0 or 1: the 18 attributes in the order of ATTRIBUTES
+    text.json  N lists of 10        cub: the captions, as written but for whitespace at the ends
     meta.json                       counts, rows of each split, names, size, SHA-256 of the sources
 
 The script needs numpy, pillow and tqdm, and nothing of diffmvae.py.
@@ -17,11 +23,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -68,7 +77,7 @@ def draw_attributes(rng):
     return has
 
 
-class FacePen:
+class Pen:
     """Draws the same shapes on a picture and, for the parts that count, on its mask.
 
     Coordinates are in units of a 32x32 picture, moved by (dx, dy); both canvases are
@@ -112,7 +121,7 @@ def draw_face(has, rng, size=32):
     What no attribute names is random: background, clothes, position, width of the head, eyes.
     """
     background = tuple(int(c) for c in rng.integers(0, 256, 3))
-    pen = FacePen(size, background, rng.uniform(-1, 1), rng.uniform(-0.8, 0.8))
+    pen = Pen(size, background, rng.uniform(-1, 1), rng.uniform(-0.8, 0.8))
     skin = (255, 236, 224) if has["Pale_Skin"] else [(224, 172, 125), (198, 134, 90),
                                                      (150, 95, 60)][rng.integers(3)]
     hair = next((c for n, c in HAIR_COLOURS.items() if has[n]), AUBURN)
@@ -240,12 +249,136 @@ def toy_faces(n, size=32, seed=0):
     return {"image": image, "mask": mask, "attr": attr}
 
 
-# === §2 Raw CelebAMask-HQ [Sec. 4.2] ===
+# === §2 Toy birds: drawn, with captions that name what is drawn ===
+
+BIRD_COLOURS = {"red": (214, 36, 36), "yellow": (250, 214, 40), "blue": (45, 85, 220),
+                "green": (45, 155, 65), "black": (22, 22, 28), "white": (246, 246, 246)}
+BEAK_COLOURS = {"yellow": (255, 200, 0), "black": (15, 15, 20)}
+BIRD_CHOICES = {"size": ("small", "large"), "bird": tuple(BIRD_COLOURS),
+                "wings": tuple(BIRD_COLOURS), "head": tuple(BIRD_COLOURS),
+                "belly": tuple(BIRD_COLOURS), "shape": ("short", "long", "curved"),
+                "beak": tuple(BEAK_COLOURS), "crown": ("pointed", "")}
+FACT_NOUN = {"size": "bird", "shape": "beak"}  # the noun that a choice describes, if not itself
+# What a caption can say: "small bird", "red wings", "long beak", "pointed crown", ...
+BIRD_FACTS = tuple(f"{value} {FACT_NOUN.get(name, name)}"
+                   for name, values in BIRD_CHOICES.items() for value in values if value)
+SYNONYMS = {"body": "bird", "wing": "wings", "breast": "belly", "bill": "beak", "crest": "crown",
+            "tiny": "small", "big": "large"}
+
+
+def draw_choices(rng):
+    """One random bird as words: -> {name of BIRD_CHOICES: value}."""
+    return {name: values[rng.integers(len(values))] for name, values in BIRD_CHOICES.items()}
+
+
+def facts_of(text):
+    """The BIRD_FACTS that a caption states, as a set.
+
+    Adjectives belong to the noun of their part of the sentence, or to the last noun before.
+    """
+    found, noun = set(), None
+    for part in re.split(r"[,.:]|\b(?:and|with|has)\b", text.lower()):
+        terms = [SYNONYMS.get(word, word) for word in part.split()]
+        noun = next((t for t in terms if t in ("bird", "wings", "head", "belly", "beak", "crown")),
+                    noun)
+        found |= {f"{term} {noun}" for term in terms} & set(BIRD_FACTS)
+    return found
+
+
+def draw_bird(bird, rng, size=32):
+    """Draw one bird, looking right: -> (size, size, 3) uint8. What no word names is random: the
+    background, which is light, and the position.
+    """
+    pen = Pen(size, tuple(int(c) for c in rng.integers(140, 256, 3)), 0, 0)
+    scale = {"small": 0.78, "large": 1.05}[bird["size"]]
+    x0, y0 = 13.2 + rng.uniform(-0.6, 0.6), 18 + rng.uniform(-0.6, 0.6)
+    colour = {name: BIRD_COLOURS[bird[name]] for name in ("bird", "wings", "head", "belly")}
+
+    def outline(points, fill):
+        """Points around the body's centre, on the canvas."""
+        points = [(x0 + x * scale, y0 + y * scale) for x, y in points]
+        pen.polygon(points, fill)
+        pen.line(points + points[:1], (70, 70, 70), 0.35)
+
+    def ellipse(x, y, rx, ry, fill, turn=0.0):
+        angles = [2 * math.pi * k / 40 for k in range(40)]
+        pairs = [(rx * math.cos(a), ry * math.sin(a)) for a in angles]
+        c, s = math.cos(turn), math.sin(turn)
+        outline([(x + c * u - s * v, y + s * u + c * v) for u, v in pairs], fill)
+
+    for x in (-1.5, 1.5):
+        outline([(x, 5), (x + 0.5, 5), (x + 0.5, 9), (x, 9)], (70, 60, 50))
+    outline([(-6, -1), (-12, 1.2), (-11.4, 4.6), (-5, 3.5)], colour["bird"])  # tail
+    ellipse(0, 0, 8.4, 5.8, colour["bird"])
+    ellipse(1.4, 3.1, 5.9, 3.4, colour["belly"])
+    ellipse(-2.0, -1.4, 5.8, 3.0, colour["wings"], 0.25)
+    if bird["crown"]:
+        outline([(3.4, -8), (1.6, -14), (5.6, -11), (6.6, -14.4), (9.2, -9)], colour["head"])
+    beak = {"short": [(10, -9.6), (13.4, -7), (10, -4.4)],
+            "long": [(10, -9), (17, -7), (10, -5)],
+            "curved": [(9.6, -10), (13.8, -9.4), (15.2, -6.6), (14.6, -1.6), (12.4, -4.6),
+                       (10, -4.4)]}
+    outline(beak[bird["shape"]], BEAK_COLOURS[bird["beak"]])
+    ellipse(6.6, -6.8, 4.3, 4.2, colour["head"])
+    ellipse(7.9, -7.5, 1.15, 1.15, (255, 255, 255))
+    ellipse(8.1, -7.5, 0.5, 0.5, (0, 0, 0))
+    return pen.result(size)[0]
+
+
+def caption(bird, rng, everything):
+    """One sentence about a bird; without `everything` it leaves out most of the parts.
+
+    The parts come in one order: two small layers of attention that start from nothing do not
+    learn within minutes which colour belongs to which part if the order is free.
+    """
+    pick = lambda *texts: texts[rng.integers(len(texts))]
+    parts = [pick("a {belly} belly", "a {belly} breast"),
+             pick("{wings} wings", "{wings} wings", "wings that are {wings}"), "a {head} head",
+             *[pick("a pointed crown", "a pointed crest")] * bool(bird["crown"]),
+             "a {shape} {beak} " + pick("beak", "bill")]
+    if not everything:
+        parts[-1] = pick(parts[-1], parts[-1].replace("{shape} ", ""),
+                         parts[-1].replace("{beak} ", ""))
+        start = rng.integers(len(parts))
+        parts = (parts[start:] + parts[:start])[:rng.integers(1, 3)]
+    opening = pick("a {size} {bird} bird with ", "this {size} {bird} bird has ",
+                   "the bird is {size} and {bird} with ", "a {size} bird with ",
+                   "this {size} bird has ")
+    *most, last = ["a {bird} body"] * ("{bird}" not in opening) + parts
+    listed = ", ".join(most) + " and " * bool(most) + last
+    size = {"small": pick("small", "small", "tiny"), "large": pick("large", "large", "big")}
+    return (opening + listed + ".").format(**{**bird, "size": size[bird["size"]]})
+
+
+def toy_birds(n, size=32, seed=0):
+    """`n` drawn birds: -> {"image" (n, size, size, 3) uint8, "text": n lists of 10 captions}.
+
+    Eight of the ten captions name everything that is drawn, two of them less. Bird k depends on
+    (seed, k) alone.
+    """
+    image, text = np.empty((n, size, size, 3), np.uint8), []
+    for k in range(n):
+        rng = np.random.default_rng((seed, k))
+        bird = draw_choices(rng)
+        image[k] = draw_bird(bird, rng, size)
+        ten = []
+        while len(ten) < 10:
+            one = caption(bird, rng, everything=len(ten) < 8)
+            if one not in ten:
+                ten.append(one)
+        text.append(ten)
+    return {"image": image, "text": text}
+
+
+# === §3 Raw CelebAMask-HQ [Sec. 4.2] ===
 
 PARTS = ("nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
          "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth")  # all but "skin"
 IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
 ATTRIBUTE_FILE, MAPPING_FILE = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-to-CelebA-mapping.txt"
+
+
+DAMAGED = (OSError, SyntaxError, ValueError)  # what Pillow raises on damaged files
 
 
 class DataError(Exception):
@@ -297,6 +430,12 @@ def split_of(ids, mapping):
     return split
 
 
+def shrink(image, size):
+    """An opened picture of any mode and shape -> (size, size, 3) uint8 RGB, nothing cut off."""
+    image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder halves, down to twice the size
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
 def read_face(raw, k, size):
     """Face k: -> (size, size, 3) image, (size, size) mask in {0, 1}, SHA-256 of the files read.
 
@@ -310,10 +449,7 @@ def read_face(raw, k, size):
 
     path = raw / IMAGES / f"{k}.jpg"
     try:
-        image = open_image(path)
-        image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder halves, down to twice the size
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        union = None
+        image, union = shrink(open_image(path), size), None
         for part in PARTS:
             path = raw / MASKS / str(k // 2000) / f"{k:05d}_{part}.png"
             if path.exists():
@@ -323,21 +459,13 @@ def read_face(raw, k, size):
                                     "another part of this face has another size")
                 pixels = np.asarray(part_image.convert("RGB").getchannel(0)) != 0
                 union = pixels if union is None else union | pixels
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+    except DAMAGED as error:
         raise DataError(f"{path}: cannot be read ({error}); extract it again") from None
     if union is None:
         raise DataError(f"{raw / MASKS}: no mask of face {k} ({k:05d}_*.png); extract it again")
     mask = Image.fromarray(union.astype(np.uint8) * 255)
     mask = np.asarray(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127
-    return np.asarray(image), mask.astype(np.uint8), digest.hexdigest()
-
-
-def try_face(task):
-    """read_face for a worker process: an error comes back as its message."""
-    try:
-        return read_face(*task)
-    except DataError as error:
-        return str(error)
+    return image, mask.astype(np.uint8), digest.hexdigest()
 
 
 def check_layout(raw):
@@ -359,7 +487,160 @@ def check_layout(raw):
     return rows, mapping, sorted(rows)
 
 
-# === §3 Writing ===
+# === §4 Raw CUB: birds with ten captions each [Sec. 4.1] ===
+
+CUB, CAPTIONS = "CUB_200_2011", 10
+REED = "images", "text_c10"
+MMVAE = "train", "text_trainvalclasses.txt", "test", "text_testclasses.txt"
+
+
+class Birds(NamedTuple):
+    """What a raw folder says of its birds, each named "<class>/<name>", in row order."""
+
+    paths: dict      # bird -> its JPEG
+    captions: dict   # bird -> its 10 captions
+    split: dict      # class -> "train", "val" or "test"
+    official: bool   # the raw data say which classes are for testing
+    sources: dict    # text file or folder -> SHA-256
+
+
+def find(names, *folders):
+    """{name: the path in the first of the folders that has it}, without what none has."""
+    return {name: folder / name for name in names for folder in reversed(folders)
+            if (folder / name).exists()}
+
+
+def sha256(*paths):
+    """SHA-256 of the files, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def named_files(folder, suffix):
+    """{"<class>/<name>": path} of folder/<class>/<name><suffix>, sorted by class, then file."""
+    paths = folder.glob(f"[!.]*/[!.]*{suffix}")
+    return {f"{path.parent.name}/{path.stem}": path
+            for path in sorted(paths, key=lambda path: (path.parent.name, path.name))}
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank, without whitespace at their ends."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def class_of(bird):
+    """"<class>/<name>" -> "<class>"."""
+    return bird.split("/")[0]
+
+
+def carve_val(classes):
+    """Sorted classes without a test split: -> {class: split}, the last twentieth validation."""
+    first = len(classes) - max(1, len(classes) // 20)
+    return {name: "val" if k >= first else "train" for k, name in enumerate(classes)}
+
+
+def split_by_files(classes, files):
+    """The sorted classes by the split files {name: path}: -> {class: split}. Raises DataError.
+
+    Without files the last tenth is test, the tenth before it validation. Classes that the files
+    name and the folder lacks do not matter: it may be a part of the data set.
+    """
+    if not files:
+        tenth = max(1, len(classes) // 10)
+        names = ["train"] * (len(classes) - 2 * tenth) + ["val"] * tenth + ["test"] * tenth
+        return dict(zip(classes, names))
+    both = "trainclasses.txt" in files and "valclasses.txt" in files
+    omit = ("trainval",) if both or "trainvalclasses.txt" not in files else ("train", "val")
+    split = {}
+    for name, path in files.items():
+        name = name.removesuffix("classes.txt")
+        for line in read_lines(path) if name not in omit else []:
+            if split.setdefault(line, name) != name:
+                raise DataError(f"{path}: class {line} is in {split[line]}classes.txt too; keep "
+                                "it in one of them")
+    absent = [name for name in classes if name not in split]
+    if absent:
+        raise DataError(f"{', '.join(map(str, files.values()))}: {len(absent)} classes are in none "
+                        f"of them, the first is {absent[0]}; add it or remove its folder")
+    split = {name: split[name] for name in classes}
+    return split | carve_val([name for name in classes if split[name] == "trainval"])
+
+
+def read_reed(images, text, folders):
+    """Pictures and captions joined by name, one text file a picture: -> Birds. Raises DataError."""
+    paths, texts = named_files(images, ".jpg"), named_files(text, ".txt")
+    for lone, what in (([name for name in paths if name not in texts], "images without captions"),
+                       ([name for name in texts if name not in paths], "captions without image")):
+        if lone:
+            raise DataError(f"{images}, {text}: {len(lone)} {what}, the first is {lone[0]}; "
+                            "extract both again")
+    captions = {name: read_lines(texts[name]) for name in paths}
+    for name, lines in captions.items():
+        if len(lines) != CAPTIONS:
+            raise DataError(f"{texts[name]}: {len(lines)} captions, not {CAPTIONS}; extract it "
+                            "again")
+    names = [f"{name}classes.txt" for name in ("train", "val", "trainval", "test")]
+    files = find(names, *folders, text)
+    split = split_by_files(sorted({class_of(name) for name in paths}), files)
+    sources = {"text_c10": sha256(*texts.values()),
+               **{name: sha256(path) for name, path in files.items()}}
+    return Birds(paths, captions, split, bool(files), sources)
+
+
+def read_mmvae(train, train_text, test, test_text):
+    """Two folders with a text file each: -> Birds. Raises DataError.
+
+    Caption i of a file belongs to image i // 10 of its folder, sorted by class, then file.
+    """
+    paths, captions, parts = {}, {}, []
+    for folder, text in ((train, train_text), (test, test_text)):
+        found, lines = named_files(folder, ".jpg"), read_lines(text)
+        if len(lines) != CAPTIONS * len(found):
+            raise DataError(f"{text}: {len(lines)} captions, not {CAPTIONS} for each of the "
+                            f"{len(found)} images in {folder}; extract both again")
+        paths |= found
+        captions |= {name: lines[CAPTIONS * k:CAPTIONS * (k + 1)] for k, name in enumerate(found)}
+        parts.append(sorted({class_of(name) for name in found}))
+    shared = sorted(set(parts[0]) & set(parts[1]))
+    if shared:
+        raise DataError(f"{test}: class {shared[0]} is in {train} too; a class must be in one")
+    split = carve_val(parts[0]) | dict.fromkeys(parts[1], "test")
+    sources = {path.name: sha256(path) for path in (train_text, test_text)}
+    return Birds(paths, captions, split, True, sources)
+
+
+def read_cub(raw):
+    """The raw folder in either layout: -> Birds. DataError that lists what is missing."""
+    folders = raw / CUB, raw
+    reed, mmvae = find(REED, *folders), find(MMVAE, raw, raw / "cub")
+    if len(reed) == len(REED):
+        birds = read_reed(*reed.values(), folders)
+    elif len(mmvae) == len(MMVAE):
+        birds = read_mmvae(*mmvae.values())
+    else:
+        lacks = [", ".join(name for name in layout if name not in found)
+                 for layout, found in ((REED, reed), (MMVAE, mmvae))]
+        raise DataError(f"{raw}: for {CUB} with Reed's captions, no {lacks[0]}; for the MMVAE "
+                        f"download, no {lacks[1]}; --raw takes the folder of one of them")
+    empty = [name for name in ("train", "val", "test") if name not in birds.split.values()]
+    if empty:
+        raise DataError(f"{raw}: {len(birds.split)} classes, none of them for {', '.join(empty)}; "
+                        "extract more, at least one for each of train, val and test")
+    return birds
+
+
+def read_bird(path, size):
+    """-> (size, size, 3) uint8 image, SHA-256 of the file. Raises DataError."""
+    try:
+        return shrink(Image.open(path), size), sha256(path)
+    except DAMAGED as error:
+        raise DataError(f"{path}: cannot be read ({error}); extract it again") from None
+
+
+# === §5 Writing ===
 
 class ArrayWriter:
     """Appends rows to a .npy file of uint8 without holding them; the header is set on closing."""
@@ -385,6 +666,50 @@ class ArrayWriter:
         self.file.close()
 
 
+def attempt(read, task):
+    """read(*task) in a worker process: an error comes back as its message."""
+    try:
+        return read(*task)
+    except DataError as error:
+        return str(error)
+
+
+def write_rows(folder, shapes, read, tasks, skip_bad):
+    """Read the tasks in worker processes and append what they give to <folder>/<name>.npy.
+
+    read(*task) gives one uint8 array for each of `shapes` {name: shape of a row}, then the SHA-256
+    of what it read. -> the numbers of the rows kept, the messages of those left out, the SHA-256
+    of all. Raises DataError at the first task that fails, unless skip_bad.
+    """
+    writers = [ArrayWriter(folder / f"{name}.npy", shape) for name, shape in shapes.items()]
+    kept, bad, digest = [], [], hashlib.sha256()
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(os.cpu_count(), **quiet) as pool:  # Ctrl-C is the parent's to handle
+        results = pool.map(attempt, repeat(read), tasks, chunksize=8)
+        for number, result in enumerate(tqdm(results, total=len(tasks), unit="img")):
+            if isinstance(result, str):
+                bad.append(result)
+                if not skip_bad:
+                    pool.shutdown(cancel_futures=True)
+                    raise DataError(result + " (or leave it out with --skip-bad)")
+                continue
+            for writer, row in zip(writers, result):
+                writer.append(row)
+            digest.update(result[-1].encode())
+            kept.append(number)
+    for writer in writers:
+        writer.close()
+    return kept, bad, digest.hexdigest()
+
+
+def new_partial(out):
+    """An empty folder <out>.partial: what is interrupted stays there, until the next run."""
+    folder = out.with_name(out.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def prepare_celeba(raw, out, size=128, skip_bad=False):
     """Raw CelebAMask-HQ -> the arrays of `out`; see the head of this file. Raises DataError.
 
@@ -392,62 +717,83 @@ def prepare_celeba(raw, out, size=128, skip_bad=False):
     only that folder, which the next run replaces.
     """
     rows, mapping, ids = check_layout(raw)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writers = {"image": ArrayWriter(partial / "image.npy", (size, size, 3)),
-               "mask": ArrayWriter(partial / "mask.npy", (size, size)),
-               "attr": ArrayWriter(partial / "attr.npy", (len(ATTRIBUTES),))}
-    kept, bad, digest = [], [], hashlib.sha256()
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(os.cpu_count(), **quiet) as pool:  # Ctrl-C is the parent's to handle
-        results = pool.map(try_face, ((raw, k, size) for k in ids), chunksize=8)
-        for k, result in zip(ids, tqdm(results, total=len(ids), unit="img")):
-            if isinstance(result, str):
-                bad.append(result)
-                if not skip_bad:
-                    pool.shutdown(cancel_futures=True)
-                    raise DataError(result + " (or leave it out with --skip-bad)")
-                continue
-            for name, row in zip(writers, (result[0], result[1], rows[k])):
-                writers[name].append(row)
-            digest.update(result[2].encode())
-            kept.append(k)
-    for writer in writers.values():
-        writer.close()
-    split = split_of(kept, mapping)
-    sources = {name: hashlib.sha256((raw / name).read_bytes()).hexdigest()
+    folder = new_partial(out)
+    kept, bad, digest = write_rows(
+        folder, {"image": (size, size, 3), "mask": (size, size)}, read_face,
+        [(raw, k, size) for k in ids], skip_bad)
+    ids = [ids[number] for number in kept]
+    attr = ArrayWriter(folder / "attr.npy", (len(ATTRIBUTES),))
+    for k in ids:
+        attr.append(rows[k])
+    attr.close()
+    sources = {name: sha256(raw / name)
                for name in (ATTRIBUTE_FILE, MAPPING_FILE) if (raw / name).exists()}
-    write_meta(partial, {
-        "dataset": "celeba", "size": size, "count": len(kept), "attributes": ATTRIBUTES,
-        "counts": {name: len(part) for name, part in split.items()}, "split": split, "ids": kept,
+    finish(folder, out, split_of(ids, mapping), {
+        "dataset": "celeba", "size": size, "attributes": ATTRIBUTES, "ids": ids,
         "official_split": mapping is not None, "skipped": bad,
-        "sha256": {**sources, "images and masks": digest.hexdigest()}})
-    os.replace(partial, out)
-    return report(out, bad)
+        "sha256": {**sources, "images and masks": digest}})
 
 
-def write_meta(folder, meta):
-    """meta.json, on the disk before the folder gets its final name."""
-    with open(folder / "meta.json", "w") as file:
-        json.dump(meta, file)
+def prepare_cub(raw, out, size=64, skip_bad=False):
+    """Raw CUB in either layout -> the files of `out`, as prepare_celeba does. Raises DataError."""
+    birds = read_cub(raw)
+    folder = new_partial(out)
+    kept, bad, digest = write_rows(folder, {"image": (size, size, 3)}, read_bird,
+                                   [(path, size) for path in birds.paths.values()], skip_bad)
+    every = list(birds.paths)
+    names = [every[number] for number in kept]
+    write_json(folder / "text.json", [birds.captions[name] for name in names])
+    split = {"train": [], "val": [], "test": []}
+    for row in np.random.default_rng(0).permutation(len(names)).tolist():
+        split[birds.split[class_of(names[row])]].append(row)  # shuffled: neighbours differ
+    finish(folder, out, split, {
+        "dataset": "cub", "size": size, "classes": sorted(birds.split), "names": names,
+        "official_split": birds.official, "skipped": bad,
+        "sha256": {**birds.sources, "images": digest}})
+
+
+def write_json(path, value):
+    """A JSON file, on the disk before its folder gets its final name."""
+    with open(path, "w") as file:
+        json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def report(out, bad):
+def finish(folder, out, split, meta):
+    """Write meta.json, with the split and its counts, rename the folder to `out`, report."""
+    counts = {name: len(rows) for name, rows in split.items()}
+    write_json(folder / "meta.json",
+               {**meta, "count": sum(counts.values()), "counts": counts, "split": split})
+    os.replace(folder, out)
+    report(out)
+
+
+# What a row is, and what to say where the raw data do not tell the split.
+REPORT = {
+    "celeba": ("faces", f"no {MAPPING_FILE}: not the official split; the last 10 % are test, the "
+                        "10 % before them validation"),
+    "cub": ("birds", "no trainclasses.txt, valclasses.txt, testclasses.txt: not the official "
+                     "split; the last 10 % of the classes are test, the 10 % before them "
+                     "validation")}
+
+
+def report(out):
     """Say what was written, read back from `out`."""
     meta = json.loads((out / "meta.json").read_text())
+    what, unofficial = REPORT[meta["dataset"]]
     counts = ", ".join(f"{n} {name}" for name, n in meta["counts"].items())
-    print(f"{out}: {meta['count']} faces at {meta['size']}x{meta['size']}: {counts}")
+    print(f"{out}: {meta['count']} {what} at {meta['size']}x{meta['size']}: {counts}")
     if not meta["official_split"]:
-        print(f"no {MAPPING_FILE}: not the official split; the last 10 % are test, the 10 % before "
-              "them validation")
-    for line in bad:
+        print(unofficial)
+    for line in meta["skipped"]:
         print("left out:", line)
 
 
-# === §4 Command line ===
+# === §6 Command line ===
+
+PREPARE = {"celeba": (prepare_celeba, 128), "cub": (prepare_cub, 64)}  # and the default --size
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
@@ -459,15 +805,17 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None):
     """The flags of this script."""
     parser = Parser(description="Prepare a raw data set for diffmvae.py.")
-    parser.add_argument("--dataset", choices=["celeba"], required=True,
-                        help="which layout --raw has: CelebAMask-HQ")
+    parser.add_argument("--dataset", choices=list(PREPARE), required=True,
+                        help="what --raw holds: CelebAMask-HQ, or CUB birds with their captions")
     parser.add_argument("--raw", type=Path, required=True, help="the extracted download, read only")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/<dataset>)")
-    parser.add_argument("--size", type=int, default=128,
-                        help="side of the pictures in pixels, a multiple of 8 (default: 128)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels, a multiple of 8 "
+                        "(default: 128 for celeba, 64 for cub)")
     parser.add_argument("--skip-bad", action="store_true",
-                        help="leave out faces whose files cannot be read, and list them")
+                        help="leave out pictures whose files cannot be read, and list them")
     args = parser.parse_args(argv)
+    if args.size is None:
+        args.size = PREPARE[args.dataset][1]
     if args.size < 8 or args.size % 8:
         parser.error(f"--size {args.size}: must be a positive multiple of 8")
     return args
@@ -481,7 +829,7 @@ def main(argv=None):
     try:
         if out.exists():
             raise DataError(f"{out}: exists already; move it away to prepare it again")
-        prepare_celeba(args.raw, out, args.size, args.skip_bad)
+        PREPARE[args.dataset][0](args.raw, out, args.size, args.skip_bad)
     except (DataError, OSError) as error:
         print(f"data_prep.py: {error}", file=sys.stderr)
         return 2
