@@ -12,16 +12,20 @@ Objective, minimised, in nats, sums over dimensions, mean over the batch [Eq. 5]
     A is a uniformly drawn subset of the modalities, q(z|x_A) the product of its experts. The
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
     It is a bound for lambda = g^2 and beta = 1; our defaults are lambda = 1 after a warm-up,
-    beta = 0.1 and 20 times the attribute term (README, "Choices the paper leaves open").
+    beta = 0.1 and 20 times the attribute term, 10 times the caption term of the small preset
+    (README, "Choices the paper leaves open").
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         python diffmvae.py --dataset celeba --sample cond --given mask=face.png attr=Smiling,Bangs
         python diffmvae.py --dataset celeba --sample uncond
         python diffmvae.py --dataset celeba --eval
-        Without prepared data (data_prep.py) it draws its own toy faces. --help lists all flags.
+        python diffmvae.py --dataset cub --train --sample cond --given text="a small red bird"
+        Without prepared data (data_prep.py) it draws its own toy faces, or birds with captions.
+        --help lists all flags.
 
 Notation    paper                 here                        shape
             x^(1), x^(2), x^(3)   x["image"|"mask"|"attr"]    (B, 3, H, W), (B, 1, H, W), (B, 18)
+            x^(1), x^(2) of CUB   x["image"|"text"]           (B, 3, H, W), (B, 2, L) tokens
             mu_i, log var_i       mu, logvar                  (B, M, Z), of the product (B, Z)
             A, omega_A            subset, 1 / (2^M - 1)       (B, M) boolean
             z                     z                           (B, Z)
@@ -31,7 +35,7 @@ Notation    paper                 here                        shape
             beta (of the KL)      config.beta                 a number
 
 Contents (grep '^# === §'); §2 to §4 are the method, the rest can be skipped at first.
-    §1  Setups and configuration                 §6  Data
+    §1  Setups and configuration                 §6  Data, tokens, pretrained text
     §2  Gaussians and their fusion               §7  Training
     §3  Diffusion                                §8  Sampling to pictures
     §4  DiffMVAE: Eq. 5, ways of sampling        §9  Evaluation
@@ -41,17 +45,21 @@ Where   [Eq. 1] VPSDE.loss, "simple"             [Sec. 3.1] §3, DiffusionDecode
         [Eq. 2] VPSDE.loss, "likelihood"         [Sec. 3.2] product_of_experts, neg_elbo
         [Eq. 3] the bound in general: neg_elbo   [Sec. 3.3] posterior, sample_conditional
         [Eq. 4] neg_elbo, --decoder feedforward  [Sec. 3.4] AuxiliaryModel, sample_unconditional
-        [Eq. 5] neg_elbo                         [Sec. 4.2] Config, §5
+        [Eq. 5] neg_elbo                         [Sec. 4.1] CUB, TextEncoder, TextDecoder
+                                                 [Sec. 4.2] Config, §5
 """
 import argparse
 import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -63,16 +71,18 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data_prep
-from data_prep import ATTRIBUTES
+from data_prep import ATTRIBUTES, BIRD_FACTS
 
-# === §1 Setups and configuration [Sec. 4.2] ===
+# === §1 Setups and configuration [Sec. 4.1] [Sec. 4.2] ===
 
-MODALITIES = ("image", "mask", "attr")  # x^(1), x^(2), x^(3); their order numbers the experts
+# x^(1), x^(2), ... of the paper's two setups; their order numbers the experts
+MODALITIES = {"celeba": ("image", "mask", "attr"), "cub": ("image", "text")}
 
 
 @dataclass
 class Config:
-    """What defines a model and its training; the defaults are the paper's CelebAMask-HQ setup.
+    """What defines a model and its training; the defaults are the paper's CelebAMask-HQ setup,
+    CUB below what its CUB setup has otherwise.
 
     "paper" marks values that the paper states; the others are ours or, where it says "after",
     those of the code the paper builds on.
@@ -88,21 +98,31 @@ class Config:
     mask_channels: tuple = (64, 128, 256)             # after SBM-VAE, paper [42]
     mask_rates: tuple = (2, 4, 4)
     attr_widths: tuple = (128, 256, 512, 512, 512)    # after SBM-VAE
+    text_width: int = 768           # BERT-base and GPT-2, as in Optimus: paper Sec. 4.1
+    text_layers: int = 12
+    text_heads: int = 12
+    text_length: int = 64           # tokens a caption, the special ones included
     unet_width: int = 64
     unet_mults: tuple = (1, 2, 2, 4, 4)
     unet_blocks: int = 2            # residual blocks a resolution, down and up each
     unet_attention: tuple = (16, 8)  # sides of the feature maps with self-attention
     patch: int = 1                  # space-to-depth before the UNet; 2 quarters its positions
     z_map: int = 32                 # channels of the 8x8 map of z joined to the UNet's input
-    dropout: float = 0.1            # in the UNets
+    dropout: float = 0.1            # in the UNets, BERT and GPT-2
     aux_width: int = 64
-    aux_mults: tuple = (1, 2, 4)    # on the latent as a square picture: 1x16x16, paper Sec. 4.2
+    aux_mults: tuple = (1, 2, 4)
+    aux_dims: int = 2               # the latent as a picture, 1x16x16: paper Sec. 4.2; 1: as a row
+    # Tokens, set when a training starts: of the text encoder, of the text decoder
+    vocab: tuple = (28996, 50260)   # how many: bert-base-cased, GPT-2 with three special ones
+    special: tuple = (50257, 50258, 50259)  # the decoder's <PAD>, <BOS>, <EOS>; the encoder pads 0
+    tokenizers: tuple = ()          # as JSON
     # Objective, Eq. 5
     decoder: str = "diffusion"      # or "feedforward": Eq. 5 becomes Eq. 4
     weighting: str = "simple"       # lambda(t) = 1 (Diff-MVAE*); "likelihood": g^2 (Diff-MVAE)
     warmup: float = 0.4             # share of the steps with weight 1/alpha^2 first; 0: off
     beta: float = 0.1               # weight of the KL term; the paper's is unknown
     attr_weight: float = 20.0       # weight of the 18-dimensional attribute term (README, Choices)
+    text_weight: float = 1.0        # weight of the caption term (README, Choices)
     prior_expert: bool = False      # N(0, I) as one more expert of the full subset, as in MoPoE
     # Training
     steps: int = 200_000            # about 500 passes over the 24,183 training faces at batch 64
@@ -120,6 +140,14 @@ class Config:
     probe_every: int = 5000         # steps between coherence figures with a picture
     save_every: int = 1000
 
+    @property
+    def modalities(self):
+        return MODALITIES[self.dataset.removesuffix("-toy")]
+
+
+CUB = dict(image_size=64, latent=768, aux_dims=1,                 # paper Sec. 4.1
+           image_channels=(64, 128, 256, 512), image_rates=(2, 2, 2, 2),
+           unet_mults=(1, 2, 4, 4), steps=70_000)                # about 500 passes over 8,855 birds
 
 SMALL = dict(preset="small", image_size=32, latent=64,
              image_channels=(32, 64, 128), image_rates=(2, 2, 2),
@@ -128,7 +156,10 @@ SMALL = dict(preset="small", image_size=32, latent=64,
              z_map=16, dropout=0.0, aux_width=48, aux_mults=(1, 2), aux_batch_size=128,
              steps=1800, aux_steps=1500, lr=1e-3, lr_warmup=50, ema=0.995,
              log_every=20, probe_every=400, save_every=200)
-PRESETS = {"paper": {}, "small": SMALL}
+SMALL_TEXT = dict(aux_dims=1, text_width=128, text_layers=2, text_heads=4, text_length=32,
+                  text_weight=20.0, steps=2400)
+PRESETS = {"celeba": {"paper": {}, "small": SMALL},
+           "cub": {"paper": CUB, "small": {**SMALL, **SMALL_TEXT}}}
 
 
 # === §2 Gaussians and their fusion [Sec. 3.2] ===
@@ -334,26 +365,32 @@ def sample_diffusion(sde, eps_net, shape, sampler, steps, noise, clamp):
 class DiffMVAE(nn.Module):
     """Encoders, decoders and the auxiliary model. Data x is a dict:
 
-    "image" (B, 3, H, W) in [-1, 1], "mask" (B, 1, H, W) in {0, 1}, "attr" (B, 18) in {0, 1}.
+    "image" (B, 3, H, W) in [-1, 1], "mask" (B, 1, H, W) in {0, 1}, "attr" (B, 18) in {0, 1},
+    "text" (B, 2, L) token numbers: row 0 as the encoder reads them, row 1 as the decoder writes.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.encoders = nn.ModuleDict({
-            "image": ConvEncoder(3, c.image_channels, c.image_rates, c),
-            "mask": ConvEncoder(1, c.mask_channels, c.mask_rates, c),
-            "attr": MLPEncoder(len(ATTRIBUTES), c)})
-        self.decoders = nn.ModuleDict({
-            "image": DiffusionDecoder(c) if c.decoder == "diffusion" else
+        encoders = {
+            "image": lambda: ConvEncoder(3, c.image_channels, c.image_rates, c),
+            "mask": lambda: ConvEncoder(1, c.mask_channels, c.mask_rates, c),
+            "attr": lambda: MLPEncoder(len(ATTRIBUTES), c),
+            "text": lambda: TextEncoder(c)}
+        decoders = {
+            "image": lambda: DiffusionDecoder(c) if c.decoder == "diffusion" else
             GaussianDecoder(ConvDecoder(3, c.image_channels, c.image_rates, c)),
-            "mask": BernoulliDecoder(ConvDecoder(1, c.mask_channels, c.mask_rates, c)),
-            "attr": BernoulliDecoder(mlp_decoder(len(ATTRIBUTES), c))})
+            "mask": lambda: BernoulliDecoder(ConvDecoder(1, c.mask_channels, c.mask_rates, c)),
+            "attr": lambda: BernoulliDecoder(mlp_decoder(len(ATTRIBUTES), c)),
+            "text": lambda: TextDecoder(c)}
+        self.encoders = nn.ModuleDict({name: encoders[name]() for name in c.modalities})
+        self.decoders = nn.ModuleDict({name: decoders[name]() for name in c.modalities})
         self.aux = AuxiliaryModel(c)
+        self.weights = {"image": 1.0, "mask": 1.0, "attr": c.attr_weight, "text": c.text_weight}
 
     def encode(self, x):
         """Every expert: -> mu, logvar (B, M, Z) each, float32."""
-        pairs = [self.encoders[name](x[name]) for name in MODALITIES]
+        pairs = [self.encoders[name](x[name]) for name in self.config.modalities]
         mu, logvar = (torch.stack(parts, 1).float() for parts in zip(*pairs))  # (B, M, Z)
         return mu, logvar
 
@@ -369,16 +406,17 @@ class DiffMVAE(nn.Module):
 
         With a feed-forward image decoder the same lines are [Eq. 4], with one modality [Eq. 3].
 
-        "image", "mask", "attr": -log p(x_i|z), for the diffusion decoder its bound if lambda is
+        "image", "mask", ...: -log p(x_i|z), for the diffusion decoder its bound if lambda is
         g^2; "kl": the mean over all subsets; "total": their weighted sum, to be minimised.
         """
+        names = self.config.modalities
         mu, logvar = self.encode(x)                              # (B, M, Z)
-        subsets = all_subsets(len(MODALITIES)).to(mu.device)     # (S, M), omega = 1 / S
+        subsets = all_subsets(len(names)).to(mu.device)          # (S, M), omega = 1 / S
         subset = subsets[torch.randint(len(subsets), (len(mu),)).to(mu.device)]  # (B, M)
         z = gaussian_sample(*self.fuse(mu, logvar, subset))      # (B, Z) z ~ q(z|x_A)
-        terms = {name: self.decoders[name].nll(z, x[name]) for name in MODALITIES}
+        terms = {name: self.decoders[name].nll(z, x[name]) for name in names}
         terms["kl"] = self.mean_kl(mu, logvar, subsets)          # (B,) sum_A omega_A KL_A
-        terms["total"] = (terms["image"] + terms["mask"] + self.config.attr_weight * terms["attr"]
+        terms["total"] = (sum(self.weights[name] * terms[name] for name in names)
                           + self.config.beta * terms["kl"])      # (B,) [Eq. 5]
         return terms
 
@@ -395,14 +433,14 @@ class DiffMVAE(nn.Module):
         x: dict with any of the modalities. subset: (B, M) boolean, default all in x. Rows of x
         outside the subset are never read, so they may hold anything, NaN included.
         """
-        check_data(x, self.config.image_size)
-        first = next(iter(x.values()))
+        check_data(x, self.config)
+        first, names = next(iter(x.values())), self.config.modalities
         if subset is None:
-            subset = torch.tensor([name in x for name in MODALITIES]).expand(len(first), -1)
+            subset = torch.tensor([name in x for name in names]).expand(len(first), -1)
         subset = subset.to(first.device)
-        shape = len(first), len(MODALITIES), self.config.latent
-        mu, logvar = first.new_zeros(shape), first.new_zeros(shape)
-        for i, name in enumerate(MODALITIES):
+        shape = len(first), len(names), self.config.latent
+        mu, logvar = torch.zeros(2, *shape, device=first.device)  # (B, M, Z) each
+        for i, name in enumerate(names):
             rows = subset[:, i].nonzero().squeeze(1)             # (R,) the rows that have it
             if len(rows):
                 pair = self.encoders[name](x[name][rows])
@@ -410,28 +448,31 @@ class DiffMVAE(nn.Module):
                               for a, b in zip((mu, logvar), pair))
         return self.fuse(mu, logvar, subset)
 
-    def decode(self, z, noise, sampler, steps):
-        """z -> every modality through its own decoder."""
-        return {name: self.decoders[name].sample(z, noise, sampler, steps) for name in MODALITIES}
+    def decode(self, z, noise, **options):
+        """z -> every modality through its own decoder; options: sampler, steps, top_p."""
+        return {name: decoder.sample(z, noise, **options) for name, decoder in
+                self.decoders.items()}
 
     @torch.no_grad()
-    def sample_conditional(self, given, n=1, sampler="ddim", steps=50, generator=None):
+    def sample_conditional(self, given, n=1, generator=None, **options):
         """[Sec. 3.3] given: dict of B items -> dict of all modalities, (B * n, ...).
 
         z ~ q(z|x_o), then each decoder. The n results of an item follow one another; the given
-        modalities come back decoded from z like the rest.
+        modalities come back decoded from z like the rest. Text comes as the decoder's token
+        numbers (B * n, L), for captions_of. options: sampler="ddim", steps=50 for images and the
+        auxiliary model, top_p=0.0 for text.
         """
         mu, logvar = (a.repeat_interleave(n, 0) for a in self.posterior(given))  # (B * n, Z)
         noise = Noise(len(mu), generator, mu.device)
         z = mu + torch.exp(0.5 * logvar) * noise(mu.shape[1])
-        return self.decode(z, noise, sampler, steps)
+        return self.decode(z, noise, **options)
 
     @torch.no_grad()
-    def sample_unconditional(self, n, prior="aux", sampler="ddim", steps=50, generator=None):
+    def sample_unconditional(self, n, prior="aux", generator=None, **options):
         """[Sec. 3.4] z from the auxiliary model, or N(0, I) if prior="gaussian"; then decode."""
         noise = Noise(n, generator, self.aux.mean.device)
-        z = self.aux.sample(noise, sampler, steps) if prior == "aux" else noise(self.config.latent)
-        return self.decode(z, noise, sampler, steps)
+        z = self.aux.sample(noise, **options) if prior == "aux" else noise(self.config.latent)
+        return self.decode(z, noise, **options)
 
 
 def gaussian_sample(mu, logvar):
@@ -439,11 +480,12 @@ def gaussian_sample(mu, logvar):
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
 
-def check_data(x, size):
-    """Raise ValueError, naming the modality, unless x holds known modalities of the right shape."""
-    shapes = {"image": (3, size, size), "mask": (1, size, size), "attr": (len(ATTRIBUTES),)}
-    if not x or any(name not in shapes for name in x):
-        raise ValueError(f"modalities {sorted(x)}: expected some of {', '.join(MODALITIES)}")
+def check_data(x, c):
+    """Raise ValueError, naming the modality, unless x holds the setup's, of the right shapes."""
+    shapes = {"image": (3, c.image_size, c.image_size), "mask": (1, c.image_size, c.image_size),
+              "attr": (len(ATTRIBUTES),), "text": (2, c.text_length)}
+    if not x or any(name not in c.modalities for name in x):
+        raise ValueError(f"modalities {sorted(x)}: expected some of {', '.join(c.modalities)}")
     for name, value in x.items():
         if tuple(value.shape[1:]) != shapes[name]:
             raise ValueError(f"{name}: shape {tuple(value.shape)}, expected (B, "
@@ -468,7 +510,7 @@ class DiffusionDecoder(nn.Module):
         """[Eq. 2], in nats up to terms without parameters, or [Eq. 1] with lambda = 1: (B,)."""
         return self.sde.loss(lambda x_t, t: self.eps(x_t, t, z), x, self.weighting)
 
-    def sample(self, z, noise, sampler="ddim", steps=50):
+    def sample(self, z, noise, sampler="ddim", steps=50, **_):
         return sample_diffusion(self.sde, lambda x_t, t: self.eps(x_t, t, z), self.shape, sampler,
                                 steps, noise, clamp=True)
 
@@ -483,8 +525,8 @@ class GaussianDecoder(nn.Module):
     def nll(self, z, x):
         return ((x - self.net(z).float()).square() + 0.5 * math.log(math.pi)).flatten(1).sum(1)
 
-    def sample(self, z, noise=None, sampler=None, steps=None):
-        """The mean, which needs neither noise nor steps."""
+    def sample(self, z, *_, **__):
+        """The mean, which needs neither noise nor options."""
         return self.net(z).float().clamp(-1, 1)
 
 
@@ -499,7 +541,7 @@ class BernoulliDecoder(nn.Module):
         error = F.binary_cross_entropy_with_logits(self.net(z).float(), x, reduction="none")
         return error.flatten(1).sum(1)                           # (B,)
 
-    def sample(self, z, noise=None, sampler=None, steps=None):
+    def sample(self, z, *_, **__):
         """The more probable value of each variable, as the paper's F1 needs it."""
         return (self.net(z) > 0).float()
 
@@ -509,11 +551,12 @@ class AuxiliaryModel(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        side = math.isqrt(c.latent)
-        if side * side != c.latent:
+        side = c.latent if c.aux_dims == 1 else math.isqrt(c.latent)
+        if side ** c.aux_dims != c.latent:
             raise ValueError(f"latent {c.latent}: the auxiliary model needs a square number")
-        self.sde, self.shape = VPSDE(), (1, side, side)
-        self.unet = UNet(1, side, c.aux_width, c.aux_mults, c.unet_blocks, (side // 2,), c.dropout)
+        self.sde, self.shape = VPSDE(), (1, *[side] * c.aux_dims)
+        self.unet = UNet(1, side, c.aux_width, c.aux_mults, c.unet_blocks, (side // 2,), c.dropout,
+                         dims=c.aux_dims)
         self.register_buffer("mean", torch.zeros(c.latent))
         self.register_buffer("std", torch.ones(c.latent))
 
@@ -522,16 +565,16 @@ class AuxiliaryModel(nn.Module):
 
     def nll(self, z):
         """[Sec. 3.4] the objective of [Eq. 1] on z (B, Z): -> (B,)."""
-        z0 = ((z - self.mean) / self.std).view(-1, *self.shape)  # (B, 1, side, side)
+        z0 = ((z - self.mean) / self.std).view(-1, *self.shape)  # (B, 1, side[, side])
         return self.sde.loss(self.eps, z0, "simple")
 
-    def sample(self, noise, sampler="ddim", steps=50):
+    def sample(self, noise, sampler="ddim", steps=50, **_):
         """-> z (n, Z)."""
         z = sample_diffusion(self.sde, self.eps, self.shape, sampler, steps, noise, clamp=False)
         return z.flatten(1) * self.std + self.mean               # (n, Z)
 
 
-# === §5 Networks [Sec. 4.2] ===
+# === §5 Networks [Sec. 4.1] [Sec. 4.2] ===
 
 class ResidualBlock(nn.Module):
     """conv-BN-LeakyReLU-conv-BN plus skip, LeakyReLU, as in Soft-IntroVAE (paper [4])."""
@@ -608,6 +651,104 @@ def mlp_decoder(n, c):
     return nn.Sequential(mlp(widths), nn.Linear(widths[-1], n))
 
 
+def initial_std(width):
+    """0.02 as in BERT and GPT-2 at their width of 768; narrower layers need larger weights."""
+    return 0.02 * math.sqrt(768 / width)
+
+
+class TextEncoder(nn.Module):
+    """Captions (B, 2, L) -> mu, logvar (B, Z): BERT, its pooled first token, a linear layer, as
+    in Optimus (paper Sec. 4.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        from transformers import BertConfig, BertModel  # here, as importing them takes seconds
+        self.bert = BertModel(BertConfig(
+            vocab_size=c.vocab[0], hidden_size=c.text_width, num_hidden_layers=c.text_layers,
+            num_attention_heads=c.text_heads, intermediate_size=4 * c.text_width,
+            hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout,
+            initializer_range=initial_std(c.text_width)))
+        self.head = nn.Linear(c.text_width, 2 * c.latent, bias=False)
+
+    def forward(self, text):
+        ids = text[:, 0]                                         # (B, L)
+        pooled = self.bert(ids, attention_mask=(ids != 0).long()).pooler_output
+        return self.head(pooled).chunk(2, 1)                     # (B, Z), (B, Z)
+
+
+class TextDecoder(nn.Module):
+    """M_F of Eq. 5 for captions: GPT-2 that gets z in two ways, as in Optimus (paper Sec. 4.1).
+
+    As a memory: one position in front of the caption, whose key and value in every layer are one
+    linear map of z. As an embedding: another linear map of z, added to every token's.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+        self.pad, self.bos, self.eos = c.special
+        self.length = c.text_length
+        self.gpt = GPT2LMHeadModel(GPT2Config(
+            vocab_size=c.vocab[1], n_embd=c.text_width, n_layer=c.text_layers, n_head=c.text_heads,
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+            initializer_range=initial_std(c.text_width),
+            pad_token_id=self.pad, bos_token_id=self.bos, eos_token_id=self.eos))
+        self.memory = nn.Linear(c.latent, c.text_layers * c.text_width, bias=False)
+        self.embed = nn.Linear(c.latent, c.text_width, bias=False)
+        nn.init.normal_(self.memory.weight, std=0.02)            # as in Optimus
+        nn.init.zeros_(self.embed.weight)  # ours: at first a random z would drown the words
+
+    def remember(self, z):
+        """The memory as a fresh cache of keys and values, which the transformer then extends."""
+        from transformers import DynamicCache
+        c = self.gpt.config
+        keys = self.memory(z).view(len(z), c.n_layer, c.n_head, 1, -1)  # (B, layers, heads, 1, d)
+        return DynamicCache([(k, k) for k in keys.unbind(1)])
+
+    def logits(self, z, ids, cache):
+        """Tokens (B, T) -> logits of the tokens after them (B, T, V); extends the cache."""
+        embeds = self.gpt.transformer.wte(ids) + self.embed(z).unsqueeze(1)  # (B, T, width)
+        return self.gpt(inputs_embeds=embeds, past_key_values=cache).logits.float()
+
+    def nll(self, z, text):
+        """-log p(caption|z), summed over its tokens and <EOS>: (B,) nats; padding is left out."""
+        ids = text[:, 1]                                         # (B, L)
+        logits = self.logits(z, ids[:, :-1], self.remember(z))   # (B, L - 1, V)
+        return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], ignore_index=self.pad,
+                               reduction="none").sum(1)          # (B,)
+
+    def sample(self, z, noise=None, top_p=0.0, **_):
+        """-> token numbers (B, L), <BOS> first, <PAD> after <EOS>.
+
+        top_p = 0: the most probable token each time; else a draw from the most probable ones
+        that together just reach top_p (nucleus sampling).
+        """
+        cache, token = self.remember(z), torch.full((len(z), 1), self.bos, device=z.device)
+        ids, done = [token], torch.zeros(len(z), 1, dtype=torch.bool, device=z.device)
+        for _ in range(self.length - 1):
+            logits = self.logits(z, token, cache)[:, -1]         # (B, V)
+            token = nucleus(logits, top_p, noise()) if top_p else logits.argmax(1)
+            token = token.view(-1, 1).masked_fill(done, self.pad)  # (B, 1)
+            done = done | (token == self.eos)
+            ids.append(token)
+            if bool(done.all()):
+                break
+        ids = torch.cat(ids, 1)                                  # (B, at most L)
+        return F.pad(ids, (0, self.length - ids.shape[1]), value=self.pad)  # (B, L)
+
+
+def nucleus(logits, top_p, normal):
+    """One token a row from the smallest set with mass top_p: (B, V), number, (B,) N(0, 1) draws
+    that choose it -> (B,)."""
+    p, order = logits.softmax(1).sort(1, descending=True)        # (B, V)
+    before = p.cumsum(1) - p                                     # mass of the more probable ones
+    p = p.masked_fill(before >= top_p, 0.0)
+    u = torch.special.ndtr(normal) * p.sum(1)                    # (B,) uniform in [0, mass]
+    pick = (p.cumsum(1) <= u.unsqueeze(1)).sum(1).clamp(max=p.shape[1] - 1)
+    pick = torch.minimum(pick, (p > 0).sum(1) - 1)               # u = mass, by rounding
+    return order.gather(1, pick.unsqueeze(1)).squeeze(1)         # (B,)
+
+
 def zero_init(layer):
     """Start a layer at zero, so that its branch starts as a no-op and the first loss is known."""
     nn.init.zeros_(layer.weight)
@@ -627,24 +768,33 @@ def time_embedding(t, width):
     return torch.cat([angles.cos(), angles.sin()], 1)            # (B, width)
 
 
+CONV = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
+def per_sample_channel(a, h):
+    """(B, C) -> (B, C, 1, ..., 1), to scale the channels of h (B, C', ...)."""
+    return a.view(*a.shape, *[1] * (h.dim() - 2))
+
+
 class UNetBlock(nn.Module):
     """Residual block with time, then z, as scale and shift of its second norm; then attention."""
 
-    def __init__(self, c_in, c_out, emb, z_dim, dropout, attention):
+    def __init__(self, c_in, c_out, emb, z_dim, dropout, attention, dims):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        conv = CONV[dims]
+        self.norm1, self.conv1 = group_norm(c_in), conv(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(emb, 2 * c_out)
         self.z = nn.Linear(z_dim, 2 * c_out) if z_dim else None
         self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        self.attention = Attention(c_out) if attention else nn.Identity()
+        self.conv2 = zero_init(conv(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
+        self.attention = Attention(c_out, dims) if attention else nn.Identity()
 
     def forward(self, h, emb, z):
         y = self.norm2(self.conv1(F.silu(self.norm1(h))))
         for layer, condition in ((self.time, emb), (self.z, z)):
             if layer is not None:
-                scale, shift = layer(condition)[..., None, None].chunk(2, 1)  # (B, C, 1, 1)
+                scale, shift = per_sample_channel(layer(condition), h).chunk(2, 1)
                 y = y * (1 + scale) + shift
         y = self.conv2(self.dropout(F.silu(y)))
         return self.attention(self.skip(h) + y)
@@ -653,41 +803,45 @@ class UNetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the positions of a feature map, heads of 32 channels."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, dims):
         super().__init__()
         self.heads, self.norm = max(1, channels // 32), group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+        self.qkv = CONV[dims](channels, 3 * channels, 1)
+        self.out = zero_init(CONV[dims](channels, channels, 1))
 
     def forward(self, h):
-        b, c, height, width = h.shape
-        qkv = self.qkv(self.norm(h)).reshape(b, 3, self.heads, -1, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)                # (B, heads, HW, c / heads)
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, HW, HW)
-        y = (weights.to(v.dtype) @ v).transpose(-1, -2)          # (B, heads, c / heads, HW)
-        return h + self.out(y.reshape(b, c, height, width))
+        b, c, *size = h.shape                                    # P = H W, or the length
+        qkv = self.qkv(self.norm(h)).reshape(b, 3, self.heads, c // self.heads, -1)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                # (B, heads, P, c / heads)
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, P, P)
+        y = (weights.to(v.dtype) @ v).transpose(-1, -2)          # (B, heads, c / heads, P)
+        return h + self.out(y.reshape(b, c, *size))
 
 
 class UNet(nn.Module):
-    """The network of every diffusion model here: (B, C, H, W), t (B,), z (B, Z) -> (B, C, H, W).
+    """The network of every diffusion model here: (B, C, H, W), t (B,), z (B, Z) -> (B, C, H, W),
+    or with dims=1 the same of (B, C, length).
 
     z, if any, enters twice: in every block, and as a map joined to the input.
     """
 
     def __init__(self, channels, size, width, mults, blocks, attention, dropout, patch=1,
-                 z_dim=0, z_map=0):
+                 z_dim=0, z_map=0, dims=2):
         super().__init__()
+        conv = CONV[dims]
         self.patch, self.width, self.z_map, emb = patch, width, z_map, 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         if z_map:
             self.map = nn.Linear(z_dim, z_map * 64)
             self.map_conv = nn.Conv2d(z_map, z_map, 3, padding=1)
-        self.conv_in = nn.Conv2d(channels * patch ** 2 + z_map, width, 3, padding=1)
+        self.conv_in = conv(channels * patch ** 2 + z_map, width, 3, padding=1)
+        if dims == 1:  # a row of latents, unlike a picture, has a meaning of its own at each place
+            self.place = nn.Parameter(torch.zeros(width, size))
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), []
         c_in, size = width, size // patch
 
         def block(c_in, c_out, attend):
-            return UNetBlock(c_in, c_out, emb, z_dim, dropout, attend)
+            return UNetBlock(c_in, c_out, emb, z_dim, dropout, attend, dims)
 
         for level, mult in enumerate(mults):
             for _ in range(blocks):
@@ -695,7 +849,7 @@ class UNet(nn.Module):
                 c_in = width * mult
                 skips.append(c_in)
             if level < len(mults) - 1:
-                self.down.append(nn.Conv2d(c_in, c_in, 3, stride=2, padding=1))
+                self.down.append(conv(c_in, c_in, 3, stride=2, padding=1))
                 size //= 2
         self.middle = nn.ModuleList([block(c_in, c_in, True), block(c_in, c_in, False)])
         for level, mult in reversed(list(enumerate(mults))):
@@ -704,20 +858,22 @@ class UNet(nn.Module):
                 c_in = width * mult
             if level > 0:
                 c_out = width * mults[level - 1]
-                self.up.append(nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1),
+                self.up.append(nn.Sequential(conv(c_in, c_out, 3, padding=1),
                                              nn.Upsample(scale_factor=2)))
                 c_in, size = c_out, size * 2
         self.norm_out = group_norm(c_in)
-        self.conv_out = zero_init(nn.Conv2d(c_in, channels * patch ** 2, 3, padding=1))
+        self.conv_out = zero_init(conv(c_in, channels * patch ** 2, 3, padding=1))
 
     def forward(self, x, t, z=None):
         emb = self.time(time_embedding(t, self.width))           # (B, 4 width)
-        h = F.pixel_unshuffle(x, self.patch)                     # (B, C p^2, H / p, W / p)
+        h = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x  # (B, C p^2, H / p, W / p)
         if self.z_map:
             z_map = self.map(z).view(-1, self.z_map, 8, 8)       # (B, c, 8, 8)
             z_map = F.interpolate(z_map, size=h.shape[2:], mode="bilinear")
             h = torch.cat([h, self.map_conv(z_map)], 1)          # (B, C p^2 + c, H / p, W / p)
         h, skips = self.conv_in(h), []
+        if h.dim() == 3:
+            h = h + self.place                                   # (B, width, length)
         for layer in self.down:
             if isinstance(layer, UNetBlock):
                 h = layer(h, emb, z)
@@ -732,76 +888,125 @@ class UNet(nn.Module):
             else:
                 h = layer(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.patch)                    # (B, C, H, W)
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h  # as x
 
 
-# === §6 Data ===
+# === §6 Data, tokens, pretrained text ===
 
 class UserError(Exception):
     """Something the user can mend; main() prints it as one line and exits with 2."""
 
 
 def to_tensors(arrays, device):
-    """uint8 rows as data_prep writes them -> the float tensors of DiffMVAE, on the device."""
+    """Rows as they are stored -> the tensors of DiffMVAE, on the device."""
     x = {name: torch.as_tensor(a).to(device) for name, a in arrays.items()}
     convert = {"image": lambda a: a.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1,
-               "mask": lambda a: a.unsqueeze(1).float(), "attr": lambda a: a.float()}
-    return {name: convert[name](a) for name, a in x.items()}     # (B, C, H, W) or (B, 18)
+               "mask": lambda a: a.unsqueeze(1).float(), "attr": lambda a: a.float(),
+               "text": lambda a: a.long(), "words": lambda a: a.float()}
+    return {name: convert[name](a) for name, a in x.items()}
 
 
 class Data:
-    """Images, masks and attributes of one data set with their splits.
+    """One data set with its splits: uint8 arrays by name, or for "text" lists of 10 captions.
 
-    On a GPU the uint8 arrays are copied to the device if they take less than half of its free
-    memory; else prepared data stay memory-mapped on the disk.
+    On a GPU the arrays are copied to the device if they take less than half of its free memory;
+    else prepared data stay memory-mapped on the disk.
     """
 
     def __init__(self, arrays, split, toy, device):
         self.split = {name: np.asarray(rows, np.int64) for name, rows in split.items()}
         self.size, self.toy, self.device = arrays["image"].shape[1], toy, device
-        self.arrays = arrays
-        size = sum(a.nbytes for a in arrays.values())
+        self.arrays = dict(arrays)
+        self.captions = self.arrays.pop("text", None)
+        size = sum(a.nbytes for a in self.arrays.values())
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
-            self.arrays = {n: torch.from_numpy(np.array(a)).to(device) for n, a in arrays.items()}
+            self.arrays = {n: torch.from_numpy(np.array(a)).to(device)
+                           for n, a in self.arrays.items()}
+        self.vocabulary = () if not self.captions else \
+            BIRD_FACTS if toy else self.frequent_words()
 
-    def rows(self, rows):
-        """Rows by number -> dict of float tensors."""
-        return to_tensors({name: a[rows] for name, a in self.arrays.items()}, self.device)
+    def frequent_words(self, n=50):
+        """The n most frequent words of the training captions but for STOPWORDS."""
+        counts = Counter()
+        for row in self.split["train"]:
+            counts.update(w for text in self.captions[row] for w in content_words(text))
+        return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:n])
+
+    def said(self, captions):
+        """Which of the vocabulary each caption says: n texts -> (n, W) floats in {0, 1}."""
+        words_of = data_prep.facts_of if self.toy else content_words
+        said = [words_of(text) for text in captions]
+        return torch.tensor([[float(w in one) for w in self.vocabulary] for one in said],
+                            device=self.device)
+
+    def tokenize(self, config):
+        """Turn the captions into the array "text" (N, 10, 2, L), if there are any."""
+        if self.captions:
+            ids, cut = tokenize([t for ten in self.captions for t in ten], config)
+            self.arrays["text"] = torch.from_numpy(ids.reshape(-1, 10, *ids.shape[1:]))
+            if cut:
+                print(f"{cut} of {len(ids)} captions are longer than {config.text_length} tokens "
+                      "and are cut")
+
+    def rows(self, rows, caption=0):
+        """Rows by number -> dict of tensors; caption: which of the ten, one number or (B,)."""
+        arrays = {n: a[rows, caption] if n == "text" else a[rows] for n, a in self.arrays.items()}
+        return to_tensors(arrays, self.device)
 
     def batches(self, size):
         """Whole batches in one pass over the training split; a split smaller than one is one."""
         return max(1, len(self.split["train"]) // size)
 
     def batch(self, size, seed, step):
-        """Training batch `step`, a function of (seed, step): every epoch is a new permutation."""
+        """Training batch `step`, a function of (seed, step): every epoch is a new permutation,
+        with one of its ten captions for each picture."""
         train = self.split["train"]
         epoch, k = divmod(step, self.batches(size))
-        order = np.random.default_rng((seed, epoch)).permutation(len(train))
-        return self.rows(train[order[k * size:(k + 1) * size]])
+        rng, part = np.random.default_rng((seed, epoch)), slice(k * size, (k + 1) * size)
+        rows = train[rng.permutation(len(train))[part]]
+        return self.rows(rows, rng.integers(10, size=len(train))[part])
+
+
+STOPWORDS = set("a also an and are as at bird but by for from has have in is it its of on or that "
+                "the there this to very which while with".split())
+
+
+def content_words(text):
+    """The words of a caption, in lower case, without STOPWORDS: a set."""
+    return set(re.findall("[a-z]+", text.lower())) - STOPWORDS
 
 
 TOY_COUNTS = {"train": 10_000, "val": 500, "test": 1000}
+TOYS = {"celeba": data_prep.toy_faces, "cub": data_prep.toy_birds}
 
 
-def toy_data(size, device, counts=None):
-    """The built-in faces, by default TOY_COUNTS; rows 0.. are train, then val, then test."""
+def toy_data(dataset, size, device, counts=None):
+    """The built-in set, by default TOY_COUNTS; rows 0.. are train, then val, then test."""
     counts = counts or TOY_COUNTS
     ends = np.cumsum([0, *counts.values()])
     split = {name: np.arange(a, b) for name, a, b in zip(counts, ends, ends[1:])}
-    return Data(data_prep.toy_faces(int(ends[-1]), size), split, True, device)
+    return Data(TOYS[dataset](int(ends[-1]), size), split, True, device)
 
 
-def load_data(folder, device):
+def load_data(dataset, folder, device):
     """What data_prep.py wrote to `folder`; UserError if it is missing or does not fit together."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in MODALITIES}
+        if meta["dataset"] != dataset:
+            raise ValueError(f"it was prepared with --dataset {meta['dataset']}")
         n, size = meta["count"], meta["size"]
         shapes = {"image": (n, size, size, 3), "mask": (n, size, size),
-                  "attr": (n, len(ATTRIBUTES))}
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape:
-                raise ValueError(f"{name}.npy has shape {arrays[name].shape}, not {shape}")
+                  "attr": (n, len(ATTRIBUTES)), "text": (n, 10)}
+        arrays = {}
+        for name in MODALITIES[dataset]:
+            if name == "text":
+                arrays[name] = json.loads((folder / "text.json").read_text())
+                shape = len(arrays[name]), *{len(ten) for ten in arrays[name]}
+            else:
+                arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+                shape = arrays[name].shape
+            if shape != shapes[name]:
+                raise ValueError(f"{name} has shape {shape}, not {shapes[name]}")
         for name in ("train", "val", "test"):
             rows = meta["split"][name]
             if len(rows) < 2 or min(rows) < 0 or max(rows) >= n:
@@ -810,6 +1015,138 @@ def load_data(folder, device):
         return Data(arrays, meta["split"], False, device)
     except (OSError, EOFError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a complete data set of data_prep.py ({error})") from None
+
+
+def small_tokenizer(captions, size=2000):
+    """Byte-level BPE made from the captions: -> its JSON; <PAD>, <BOS>, <EOS> are 0, 1, 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<PAD>", "<BOS>", "<EOS>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<BOS> $A <EOS>", special_tokens=[("<BOS>", 1), ("<EOS>", 2)])
+    return tokenizer.to_str()
+
+
+def tokenize(captions, config):
+    """n texts -> token numbers (n, 2, L) int32, for encoder and decoder, and how many were cut."""
+    from tokenizers import Tokenizer
+    ids, cut = {}, {}
+    for text, pad in zip(config.tokenizers, (0, config.special[0])):
+        if text not in ids:  # the small preset has one for both
+            tokenizer = Tokenizer.from_str(text)
+            tokenizer.enable_truncation(config.text_length)
+            tokenizer.enable_padding(length=config.text_length, pad_id=pad)
+            rows = tokenizer.encode_batch(captions)
+            ids[text] = np.array([row.ids for row in rows], np.int32)
+            cut[text] = sum(bool(row.overflowing) for row in rows)
+    return np.stack([ids[text] for text in config.tokenizers], 1), max(cut.values())
+
+
+def vocabulary_size(tokenizer):
+    """Of a tokenizer's JSON text."""
+    from tokenizers import Tokenizer
+    return Tokenizer.from_str(tokenizer).get_vocab_size()
+
+
+def captions_of(ids, config):
+    """The decoder's token numbers (n, L) -> n texts."""
+    from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_str(config.tokenizers[1])
+    return [text.strip() for text in tokenizer.decode_batch(ids.tolist())]
+
+
+HUB = "bert-base-cased", "gpt2"  # what Optimus itself started from
+
+
+def text_sources(path):
+    """Where BERT and GPT-2 come from: the two folders of an Optimus download, or HUB for None."""
+    if path is None:
+        return HUB
+    found = [sorted(path.glob(f"checkpoint-{part}-*")) for part in ("encoder", "decoder")]
+    if [len(folders) for folders in found] != [1, 1]:
+        raise UserError(f"--text-init {path}: needs one folder checkpoint-encoder-* and one "
+                        "checkpoint-decoder-*, as an Optimus download has them")
+    return found[0][0], found[1][0]
+
+
+def pretrained_text(config, sources):
+    """The configuration with the sizes, tokenizers and special tokens of pretrained models.
+
+    Tokenizers come from folders named as in HUB beside those of `sources`, else from the hub.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, BertConfig, GPT2Config
+    places = [source if sources == HUB else source.parent / name if
+              (source.parent / name).exists() else name for source, name in zip(sources, HUB)]
+    try:
+        bert, gpt = BertConfig.from_pretrained(sources[0]), GPT2Config.from_pretrained(sources[1])
+        reader = AutoTokenizer.from_pretrained(places[0], do_lower_case=False)
+        writer = AutoTokenizer.from_pretrained(places[1], add_prefix_space=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"text models {sources[0]}, {sources[1]}: {str(error).splitlines()[0]} "
+                        "(--text-init PATH takes a folder; --preset small needs none)") from None
+    writer.add_special_tokens({"pad_token": "<PAD>", "bos_token": "<BOS>", "eos_token": "<EOS>"})
+    special = tuple(writer.convert_tokens_to_ids(["<PAD>", "<BOS>", "<EOS>"]))
+    writer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<BOS> $A <EOS>", special_tokens=[("<BOS>", special[1]), ("<EOS>", special[2])])
+    sizes, vocab = (gpt.n_embd, gpt.n_layer, gpt.n_head), (len(reader), len(writer))
+    if (bert.hidden_size, bert.num_hidden_layers, bert.num_attention_heads) != sizes or \
+            vocab != (bert.vocab_size, gpt.vocab_size + 3 * (sources == HUB)):
+        raise UserError(f"text models {sources[0]}, {sources[1]}: their sizes or their tokenizers' "
+                        f"({places[0]}, {places[1]}: {vocab} tokens) do not fit together")
+    return replace(config, text_width=sizes[0], text_layers=sizes[1], text_heads=sizes[2],
+                   vocab=vocab, special=special, tokenizers=(
+                       reader.backend_tokenizer.to_str(), writer.backend_tokenizer.to_str()))
+
+
+def text_state(part, source, vocab):
+    """The weights of the text encoder or decoder at `source`, by their names in Optimus."""
+    from transformers import BertModel, GPT2LMHeadModel
+    try:
+        if source not in HUB:
+            return torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        if part == "encoder":
+            return BertModel.from_pretrained(source).state_dict()
+        gpt = GPT2LMHeadModel.from_pretrained(source)
+        gpt.resize_token_embeddings(vocab[1], mean_resizing=False)  # the special tokens
+        return gpt.state_dict()
+    except Exception as error:  # both raise many kinds, on damaged files and without a network
+        raise UserError(f"text {part} from {source}: cannot be read ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0]}); download it again") from None
+
+
+def load_text_weights(model, sources):
+    """Start the text encoder and decoder from `sources`, see text_sources, and print what became
+    of every tensor. UserError that names them if any is missing or of another shape."""
+    ours = {"linear.weight": "head.weight", "transformer.linear.weight": "memory.weight",
+            "transformer.linear_emb.weight": "embed.weight"}
+    for part, net, prefix, source in (("encoder", model.encoders["text"], "bert.", sources[0]),
+                                      ("decoder", model.decoders["text"], "gpt.", sources[1])):
+        state = {ours.get(name, prefix + name): value for name, value in
+                 text_state(part, source, model.config.vocab).items()
+                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
+        own = net.state_dict()
+        fresh = set(ours.values()) if source in HUB else set()  # Optimus's own layers
+        missing = [n for n in own if n not in state and n != "gpt.lm_head.weight"]  # tied
+        wrong = [f"{n} {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in own
+                 if n in state and state[n].shape != own[n].shape]
+        print(f"text {part} from {source}:")
+        for title, names in (("loaded", own.keys() & state.keys()), ("missing", missing),
+                             ("unexpected", state.keys() - own.keys()), ("wrong shape", wrong)):
+            counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+            print(f"  {title}: {len(names)}")
+            for name, count in sorted(counts.items()):
+                print(f"    {count:3d} x {name}")
+        if wrong or set(missing) - fresh:
+            raise UserError(f"text {part} from {source}: does not fit: missing "
+                            f"{', '.join(missing) or 'nothing'}; wrong shape "
+                            f"{', '.join(wrong) or 'none'} (the {model.config.preset} preset has "
+                            f"latent {model.config.latent})")
+        net.load_state_dict({n: v for n, v in state.items() if n in own}, strict=False)
 
 
 # === §7 Training ===
@@ -845,6 +1182,13 @@ def update_ema(pairs, decay, step):
             average.lerp_(value, 1 - d)
         else:
             average.copy_(value)
+
+
+def ema_pairs(ema, model, prefixes):
+    """(average, value) of the tensors whose names start so; weights that are tied come once."""
+    averages = ema.state_dict()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(averages[n], v) for n, v in named if n.startswith(prefixes) and n in averages]
 
 
 def learning_rate(config, step, total):
@@ -910,11 +1254,12 @@ def stage1_loss(model, data, config, step):
 
 @torch.no_grad()
 def full_posteriors(model, data, rows):
-    """q(z|x) given all modalities, for many rows: -> mu, logvar (N, Z) each."""
-    parts = []
-    for chunk in np.array_split(rows, math.ceil(len(rows) / 256)):
+    """q(z|x) given all modalities, for many rows, with one of its ten captions for each picture:
+    -> mu, logvar (N, Z) each."""
+    parts, captions = [], np.random.default_rng(0).integers(10, size=len(rows))
+    for k in range(0, len(rows), 256):
         with autocast(data.device):
-            parts.append(model.posterior(data.rows(chunk)))
+            parts.append(model.posterior(data.rows(rows[k:k + 256], captions[k:k + 256])))
     return tuple(torch.cat(p) for p in zip(*parts))
 
 
@@ -1016,8 +1361,7 @@ def fit(run, prefixes, total, loss_of, probe=None):
     """
     config, device = run.config, run.device
     params = [p for n, p in run.model.named_parameters() if n.startswith(prefixes)]
-    ema = run.ema.state_dict()
-    pairs = [(ema[n], v) for n, v in run.model.state_dict().items() if n.startswith(prefixes)]
+    pairs = ema_pairs(run.ema, run.model, prefixes)
     optimizer = torch.optim.Adam(params, config.lr, fused=device.type in ("cpu", "cuda"))
     if run.optimizer_state is not None:
         optimizer.load_state_dict(run.optimizer_state)
@@ -1050,30 +1394,47 @@ def fit(run, prefixes, total, loss_of, probe=None):
     run.save(optimizer)
 
 
+def in_bits(data, config, name, value):
+    """A modality as {0, 1} features for F1: text by what it says, (n, 2, L) as given or (n, L) as
+    generated; masks and attributes as they are."""
+    if name != "text":
+        return value
+    return data.said(captions_of(value[:, 1] if value.dim() == 3 else value, config))
+
+
 @torch.no_grad()
-def coherence(model, x):
-    """Figures that show what losses do not, on one batch x of held-out data: -> dict of floats.
+def coherence(model, data, rows):
+    """Figures that show what losses do not, on held-out rows of the data: -> dict of floats.
     Seeds PyTorch anew.
 
     "gap" (nats): how much worse the image decoder does with the z of another sample; near 0 it
-    ignores z. "mask->image" and "attr->image" (F1): the image made from that modality, read by
-    the model's own encoder, against what was given. "image->mask", "image->attr" (F1): as given.
+    ignores z. "text nll": of the text decoder, nats a caption; "text gap": its gap. "mask->image"
+    and so on (F1): the image made from that modality, read by the model's own encoder, against
+    what was given. "image->mask" and so on (F1): what it reads off a real image, against the
+    truth; of text, that is what the first caption says.
     """
-    def read(image, name):
-        """What the model's own encoder and decoder see in an image."""
-        return model.decoders[name].sample(model.posterior({"image": image})[0])
+    x, names = data.rows(rows), model.config.modalities
+    bits = {n: in_bits(data, model.config, n, x[n]) for n in names[1:]}
 
-    def image_nll(z):
+    def f1(image, name):
+        """What the model's own encoder and decoder see in an image, against the truth."""
+        made = model.decoders[name].sample(model.posterior({"image": image})[0])
+        return f1_samples(in_bits(data, model.config, name, made), bits[name]).mean().item()
+
+    def nll(name, z):
         torch.manual_seed(0)  # the same noise and times for every z
-        return model.decoders["image"].nll(z, x["image"]).mean().item()
+        return model.decoders[name].nll(z, x[name]).mean().item()
 
-    with autocast(x["image"].device):
+    with autocast(data.device):
         z = gaussian_sample(*model.posterior(x))
-        figures = {"gap": image_nll(z.roll(1, 0)) - image_nll(z)}
-        for name in ("mask", "attr"):
+        figures = {"gap": nll("image", z.roll(1, 0)) - nll("image", z)}
+        if "text" in names:
+            figures["text nll"] = nll("text", z)
+            figures["text gap"] = nll("text", z.roll(1, 0)) - figures["text nll"]
+        for name in names[1:]:
             made = model.sample_conditional({name: x[name]}, sampler="dpm++", steps=10)["image"]
-            figures[f"{name}->image"] = f1_samples(read(made, name), x[name]).mean().item()
-            figures[f"image->{name}"] = f1_samples(read(x["image"], name), x[name]).mean().item()
+            figures[f"{name}->image"] = f1(made, name)
+            figures[f"image->{name}"] = f1(x["image"], name)
     return {name: round(value, 3) for name, value in figures.items()}
 
 
@@ -1083,11 +1444,12 @@ def train(run, data):
     held_out = data.split["val"][:64]
 
     def probe():
-        figures = coherence(run.ema, data.rows(held_out))
+        figures = coherence(run.ema, data, held_out)
         run.log(**figures)
         tqdm.write(f"step {run.step}: " + ", ".join(f"{n} {v}" for n, v in figures.items()))
         name = run.folder / "samples" / f"train-{run.step:06d}.png"
-        sample_pictures(run.ema, data, name, ["mask"], 4, "dpm++", 10, config.seed, quiet=True)
+        sample_pictures(run.ema, data, name, [config.modalities[1]], 4, config.seed,
+                        dict(sampler="dpm++", steps=10), quiet=True)
 
     if run.stage == 1:
         fit(run, ("encoders.", "decoders."), config.steps,
@@ -1106,28 +1468,38 @@ def train(run, data):
 
 # === §8 Sampling to pictures [Sec. 3.3] [Sec. 3.4] ===
 
-def read_given(tokens, size):
-    """`--given` words -> (names, None) to take from the test split, or (names, x) from files.
+def read_given(tokens, config):
+    """`--given` words -> (names, None) to take from the test split, or (names, x) of the user.
 
-    "mask" names a modality of the test split; "mask=face.png", "image=photo.jpg" and
-    "attr=Smiling,Bangs" are the user's own input. UserError on anything else.
+    "mask" names a modality of the test split; "mask=face.png", "image=photo.jpg",
+    "attr=Smiling,Bangs" and "text=a red bird" are the user's own input. UserError on anything
+    else.
     """
     pairs = [token.split("=", 1) for token in tokens]
-    names = [pair[0] for pair in pairs]
-    unknown = [name for name in names if name not in MODALITIES]
+    names, known = [pair[0] for pair in pairs], config.modalities
+    unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) < len(names):
-        raise UserError(f"--given {' '.join(tokens)}: choose from {', '.join(MODALITIES)}, each "
-                        "once")
+        raise UserError(f"--given {' '.join(tokens)}: choose from {', '.join(known)}, each once")
     if all(len(pair) == 1 for pair in pairs):
         return names, None
     if any(len(pair) == 1 for pair in pairs):
-        raise UserError(f"--given {' '.join(tokens)}: either all from the test split (mask attr) "
-                        "or all your own (mask=face.png attr=Smiling)")
-    return names, {name: read_own(name, value, size) for name, value in pairs}
+        raise UserError(f"--given {' '.join(tokens)}: either all from the test split "
+                        f"({' '.join(known[1:])}) or all your own ({known[1]}=...)")
+    return names, {name: read_own(name, value, config) for name, value in pairs}
 
 
-def read_own(name, value, size):
+def read_own(name, value, config):
     """One modality of the user's own: -> (1, ...) tensor. A mask is whatever is not black."""
+    if name == "text":
+        if not re.search(r"\w", value):
+            raise UserError(f"--given text={value}: no words; say what the bird looks like")
+        if not config.tokenizers:  # no model yet, which alone knows how to count tokens
+            return None
+        ids, cut = tokenize([value], config)
+        if cut:
+            raise UserError(f"--given text: longer than the {config.text_length - 2} tokens that "
+                            "the model reads; shorten it")
+        return torch.from_numpy(ids).long()                      # (1, 2, L)
     if name == "attr":
         chosen = [word for word in value.split(",") if word]
         unknown = [word for word in chosen if word not in ATTRIBUTES]
@@ -1141,80 +1513,111 @@ def read_own(name, value, size):
         raise UserError(f"--given {name}={value}: cannot be read as a picture ({error})") from None
     if name == "mask":
         picture = Image.fromarray(np.asarray(picture).any(-1).astype(np.uint8) * 255)
-    pixels = np.array(picture.resize((size, size), Image.Resampling.BILINEAR))
+    pixels = np.array(picture.resize([config.image_size] * 2, Image.Resampling.BILINEAR))
     arrays = {name: pixels[None] if name == "image" else (pixels[None] > 127).astype(np.uint8)}
     return to_tensors(arrays, "cpu")[name]
 
 
-def words(attr):
-    """One row of attributes (18,) -> the names of those it has."""
-    return [name for name, value in zip(ATTRIBUTES, attr.tolist()) if value > 0.5]
+def in_words(name, values, config):
+    """Attributes (n, 18) -> n lists of the names they have; text (n, L) -> n captions."""
+    if name == "text":
+        return captions_of(values, config)
+    return [[word for word, value in zip(ATTRIBUTES, row) if value > 0.5]
+            for row in values.tolist()]
+
+
+def written(lines, width, height):
+    """Lines of text as a picture of width x height."""
+    picture = Image.new("RGB", (width, height), "white")
+    pen, step = ImageDraw.Draw(picture), min(14, (height - 4) // len(lines))
+    for k, line in enumerate(lines):
+        pen.text((4, 2 + k * step), line, "black", font=ImageFont.load_default(min(12, step)))
+    return picture
 
 
 def cell(name, value, width, height):
-    """One modality of one item as a picture of width x height; attributes are written out."""
+    """One modality of one item as a picture of width x height; words are written out."""
     if name == "attr":
-        picture = Image.new("RGB", (width, height), "white")
-        lines = [word.replace("_", " ") for word in words(value)] or ["(none of the 18)"]
-        pen, step = ImageDraw.Draw(picture), min(14, (height - 4) // len(lines))
-        for k, line in enumerate(lines):
-            pen.text((4, 2 + k * step), line, "black", font=ImageFont.load_default(min(12, step)))
-        return picture
+        lines = [word.replace("_", " ") for word in value] or ["(none of the 18)"]
+        return written(lines, width, height)
+    if name == "text":
+        return written(textwrap.wrap(value, 27)[:12] or ["(nothing)"], width, height)
     pixels = (value * 255 if name == "mask" else (value + 1) * 127.5).round().clamp(0, 255)
     pixels = pixels.expand(3, -1, -1).permute(1, 2, 0).to("cpu", torch.uint8).numpy()  # (H, W, 3)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
 
 
 def draw_grid(path, title, columns, rows):
-    """Save a labelled grid: columns [(label, name, values)], one value an item; rows: labels."""
-    tile, label, head = 128, 72, 44
-    widths = [168 if name == "attr" else tile for _, name, _ in columns]
-    grid = Image.new("RGB", (label + sum(widths) + 6 * len(columns), head + (tile + 6) * len(rows)),
-                     "white")
+    """Save a labelled grid: columns [(label, name, values)], one value an item; rows: labels.
+    Captions are written under the pictures of the column before them, with their own label."""
+    tile, label, head, gap = 128, 72, 44, 6
+    under = 84 * any(name == "text" for _, name, _ in columns)
+    wide = 168 if under else tile
+    widths = [168 if name == "attr" else wide for _, name, _ in columns]
+    places, x = [], label  # of each column: left edge and height within the row
+    for k, (_, name, _) in enumerate(columns):
+        if name == "text" and k and columns[k - 1][1] == "image":
+            places.append((places[-1][0], tile + 18))
+        else:
+            places.append((x, 0))
+            x += widths[k] + gap
+    height = tile + under + gap
+    grid = Image.new("RGB", (x, head + height * len(rows)), "white")
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
     pen.text((6, 4), title, "black", font=font)
-    x = label
-    for (text, name, values), width in zip(columns, widths):
-        pen.text((x + 2, 24), text, "black", font=font)
+    for (text, name, values), (left, top), width in zip(columns, places, widths):
+        if top == 0:
+            pen.text((left + 2, 24), text, "black", font=font)
         for k, value in enumerate(values):
-            grid.paste(cell(name, value, width, tile), (x, head + k * (tile + 6)))
-        x += width + 6
+            y = head + k * height + top
+            if top:
+                pen.text((left + 4, y - 17), text + ":", "gray", font=font)
+            size = (width, under - 18) if top else (width if name in ("attr", "text") else tile,
+                                                    tile)
+            grid.paste(cell(name, value, *size), (left, y))
     for k, text in enumerate(rows):
-        pen.text((6, head + 8 + k * (tile + 6)), text, "black", font=font)
+        pen.text((6, head + 8 + k * height), text, "black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
 
 
-def sample_pictures(model, data, path, given, num, sampler, steps, seed, prior="aux", own=None,
+def sample_pictures(model, data, path, given, num, seed, options, prior="aux", own=None,
                     quiet=False):
     """Generate, draw the grid at `path` and write what it shows beside it as JSON.
 
     given: names, [] for unconditional sampling; taken from the first `num` test items, or from
-    `own`, one item that is then sampled `num` times.
+    `own`, one item that is then sampled `num` times. options: those of DiffMVAE.decode.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, config = torch.Generator().manual_seed(seed), model.config
     start, kind, columns = time.time(), "sample", []
     with autocast(data.device):
         if not given:
-            made = model.sample_unconditional(num, prior, sampler, steps, generator)
+            made = model.sample_unconditional(num, prior, generator, **options)
         else:
             if own is None:
                 x, n, kind = data.rows(data.split["test"][:num]), 1, "test"
             else:
                 x, n = {name: a.to(data.device) for name, a in own.items()}, num
-            made = model.sample_conditional({name: x[name] for name in given}, n, sampler, steps,
-                                            generator)
-            x = {name: a.expand(len(made["attr"]), *a.shape[1:]) for name, a in x.items()}
-            columns = [("given: " + name, name, x[name]) for name in given]
-            columns += [(name + " (not given)", name, x[name]) for name in x if name not in given]
-    columns += [("generated: " + name, name, made[name]) for name in MODALITIES]
-    labels = [f"{kind} {k}" for k in range(len(made["attr"]))]
+            made = model.sample_conditional({name: x[name] for name in given}, n, generator,
+                                            **options)
+            count = len(made["image"])
+            x = {name: a.expand(count, *a.shape[1:]) for name, a in x.items()}
+            if "text" in x:
+                x["text"] = x["text"][:, 1]
+            notes = {n: f"given: {n}" if n in given else f"{n} (not given)" for n in x}
+            order = config.modalities if "text" in x else [*given, *x]
+            columns = [(notes[n], n, x[n]) for n in dict.fromkeys(order) if n in x]
+    columns += [("generated: " + name, name, made[name]) for name in config.modalities]
+    columns = [(text, name, in_words(name, values, config) if name in ("attr", "text") else values)
+               for text, name, values in columns]
+    labels = [f"{kind} {k}" for k in range(len(made["image"]))]
     source = " + ".join(given) if given else f"nothing (prior: {prior})"
-    title = f"given {source}; {sampler}, {steps} steps, seed {seed}"
+    nucleus = f", top-p {options['top_p']}" if options.get("top_p") else ""
+    title = f"given {source}; {options['sampler']}, {options['steps']} steps{nucleus}, seed {seed}"
     draw_grid(path, title, columns, labels)
     record = {"title": title, "given": given, "rows": [
-        {"item": label, **{text: words(values[k]) for text, name, values in columns
-                           if name == "attr"}} for k, label in enumerate(labels)]}
+        {"item": label, **{text: values[k] for text, name, values in columns
+                           if name in ("attr", "text")}} for k, label in enumerate(labels)]}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1))
     if not quiet:
         print(f"{path}: {len(labels)} rows, {time.time() - start:.1f} s")
@@ -1234,12 +1637,13 @@ def f1_samples(pred, target):
 
 
 class Judge(nn.Module):
-    """Reads attributes and mask off an image; shares nothing with the model it judges.
+    """Reads the other modalities off an image; shares nothing with the model it judges.
 
-    forward: (B, 3, H, W) -> features (B, 128), attribute logits (B, 18), mask logits (B, 1, H, W).
+    forward: (B, 3, H, W) -> features (B, 128) and logits by name: "attr" (B, 18) and "mask"
+    (B, 1, H, W), or "text" (B, words), one for each word of the data's vocabulary.
     """
 
-    def __init__(self, size):
+    def __init__(self, size, words=0):
         super().__init__()
 
         def conv(a, b, stride=1):
@@ -1250,35 +1654,45 @@ class Judge(nn.Module):
                                   conv(128, 128))
         self.features = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(),
                                       nn.Linear(128 * 64, 128), nn.ReLU())
-        self.attr = nn.Linear(128, len(ATTRIBUTES))
-        self.mask = nn.Sequential(nn.Upsample(scale_factor=2), conv(128, 64),
-                                  nn.Upsample(scale_factor=2), conv(64, 32),
-                                  nn.Conv2d(32, 1, 3, padding=1))
+        if words:
+            self.text = nn.Linear(128, words)
+        else:
+            self.attr = nn.Linear(128, len(ATTRIBUTES))
+            self.mask = nn.Sequential(nn.Upsample(scale_factor=2), conv(128, 64),
+                                      nn.Upsample(scale_factor=2), conv(64, 32),
+                                      nn.Conv2d(32, 1, 3, padding=1))
 
     def forward(self, image):
         h = self.body(image)
         features = self.features(h)
-        return features, self.attr(features), self.mask(h)
+        if hasattr(self, "text"):
+            return features, {"text": self.text(features)}
+        return features, {"attr": self.attr(features), "mask": self.mask(h)}
 
 
-JUDGE_FACES = 12_000
+JUDGE_TOYS = 12_000
 
 
 def train_judge(data, seed, steps=800, batch_size=64):
-    """Supervised training on freshly drawn toy faces, or on a real data set's training split."""
-    if data.toy:  # no face that the model has seen: another seed of the generator
-        faces = data_prep.toy_faces(JUDGE_FACES, data.size, seed=1_000_003 + seed)
-        data = Data(faces, {"train": np.arange(JUDGE_FACES)}, True, data.device)
+    """Supervised training on freshly drawn toys, or on a real data set's training split."""
+    if data.toy:  # nothing that the model has seen: another seed of the generator
+        toys = TOYS["cub" if data.captions else "celeba"](JUDGE_TOYS, data.size, 1_000_003 + seed)
+        data = Data(toys, {"train": np.arange(JUDGE_TOYS)}, True, data.device)
+    if data.captions:  # whatever one of the ten captions says is true of the picture
+        said = torch.stack([data.said(ten).amax(0) for ten in data.captions])  # (N, words)
+        data = copy.copy(data)
+        data.arrays = {"image": data.arrays["image"], "words": said}
     torch.manual_seed(seed)
-    judge = Judge(data.size).to(data.device)
+    judge = Judge(data.size, len(data.vocabulary)).to(data.device)
     optimizer = torch.optim.Adam(judge.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for step in tqdm(range(steps), desc="judge", mininterval=1):
         x = data.batch(batch_size, seed, step)
         with autocast(data.device):
-            _, attr, mask = judge(x["image"])
-        loss = F.binary_cross_entropy_with_logits(attr.float(), x["attr"]) \
-            + F.binary_cross_entropy_with_logits(mask.float(), x["mask"])
+            _, read = judge(x["image"])
+        loss = sum(F.binary_cross_entropy_with_logits(
+            logits.float(), x["words" if name == "text" else name])
+            for name, logits in read.items())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1291,14 +1705,17 @@ def get_judge(path, data):
     if not path.exists():
         judge = train_judge(data, seed=0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, judge.state_dict())
+        save_checkpoint(path, {"words": data.vocabulary, "weights": judge.state_dict()})
         return judge
     try:
-        judge = Judge(data.size).to(data.device)
-        judge.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
+        saved = torch.load(path, map_location=data.device, weights_only=True)
+        if saved["words"] != data.vocabulary:
+            raise ValueError("it reads other words")
+        judge = Judge(data.size, len(data.vocabulary)).to(data.device)
+        judge.load_state_dict(saved["weights"])
     except Exception as error:  # torch.load raises many kinds on damaged files
-        raise UserError(f"{path}: not a judge, or damaged ({type(error).__name__}); delete it to "
-                        "train it anew") from None
+        raise UserError(f"{path}: not a judge of this data, or damaged ({type(error).__name__}); "
+                        "delete it to train it anew") from None
     return judge.eval()
 
 
@@ -1319,10 +1736,16 @@ def background(image):
     return image[:, :, :k, :k].mean((2, 3))
 
 
+def correlation(a, b):
+    """Pearson's, of all numbers of two tensors of one shape."""
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+
+
 def read_images(judge, image):
-    """The judge's features (N, 128), attributes (N, 18) and masks (N, 1, H, W) in {0, 1}."""
-    features, attr, mask = (torch.cat(p).float() for p in zip(*map(judge, image.split(250))))
-    return features, (attr > 0).float(), (mask > 0).float()
+    """The judge's features (N, 128), and by name what it reads, in {0, 1}: see Judge."""
+    features, logits = zip(*map(judge, image.split(250)))
+    return torch.cat(features).float(), {
+        name: (torch.cat([part[name] for part in logits]) > 0).float() for name in logits[0]}
 
 
 def in_parts(sample, n, seed):
@@ -1330,42 +1753,67 @@ def in_parts(sample, n, seed):
     generator = torch.Generator().manual_seed(seed)
     parts = [sample(k, min(k + 250, n), generator)
              for k in tqdm(range(0, n, 250), leave=False)]
-    return {name: torch.cat([part[name] for part in parts]) for name in MODALITIES}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def text_figures(model, x, seed):
+    """-log p(caption|z), nats a caption, with z from the full posterior and from another item's."""
+    torch.manual_seed(seed)
+    z = torch.cat([gaussian_sample(*model.posterior({n: a[k:k + 250] for n, a in x.items()}))
+                   for k in range(0, len(x["text"]), 250)])
+    right, wrong = (torch.cat([model.decoders["text"].nll(z_part, text) for z_part, text in
+                               zip(which.split(250), x["text"].split(250))]).mean().item()
+                    for which in (z, z.roll(1, 0)))
+    return {"text NLL, right z": right, "text NLL, shuffled z": wrong,
+            "text NLL, right below shuffled by": 1 - right / wrong}
+
+
+def what_is_true(data, rows, x):
+    """The test items' masks and attributes, or all that the ten captions of each say."""
+    if "text" not in x:
+        return x
+    return {"text": torch.stack([data.said(data.captions[row]).amax(0) for row in rows])}
 
 
 @torch.no_grad()
-def evaluate(model, judge, data, num, sampler, steps, seed):
+def evaluate(model, judge, data, num, seed, options):
     """Coherence and image distance on `num` test items: -> dict of floats.
 
     "A -> B" is B generated from A alone; generated images are read by the judge. "FD" is the
     Fréchet distance of the judge's features between generated and real test images: not FID.
+    Text counts by the words of data.vocabulary: a generated caption against all that the ten
+    captions of the item say, an image against the one caption it was generated from. A real
+    caption says but a part: "one true caption against all ten" is what can be reached.
+    options: those of DiffMVAE.decode.
     """
-    x = data.rows(data.split["test"][:num])
-    n, options = len(x["attr"]), dict(sampler=sampler, steps=steps)
+    rows, config = data.split["test"][:num], model.config
+    x, (_, *others), n = data.rows(rows), config.modalities, len(rows)
+    bits = lambda name, value: in_bits(data, config, name, value)
     f1 = lambda pred, target: f1_samples(pred, target).mean().item()
-    real, attr, mask = read_images(judge, x["image"])
-    out = {"items": n, "judge on real images: attr F1": f1(attr, x["attr"]),
-           "judge on real images: mask F1": f1(mask, x["mask"])}
-    for name in MODALITIES:
+    truth, given = what_is_true(data, rows, x), {b: bits(b, x[b]) for b in others}
+    real, read = read_images(judge, x["image"])
+    out = {"items": n}
+    out.update({f"judge on real images: {b} F1": f1(read[b], truth[b]) for b in others})
+    for name in config.modalities:
         made = in_parts(lambda a, b, generator: model.sample_conditional(
             {name: x[name][a:b]}, generator=generator, **options), n, seed)
-        features, attr, mask = read_images(judge, made["image"])
+        features, read = read_images(judge, made["image"])
         if name == "image":
-            pair = [background(image).flatten() for image in (made["image"], x["image"])]
-            out["image -> attr: F1"] = f1(made["attr"], x["attr"])
-            out["image -> mask: F1"] = f1(made["mask"], x["mask"])
-            out["image -> image: corner correlation"] = \
-                torch.corrcoef(torch.stack(pair))[0, 1].item()
+            out.update({f"image -> {b}: F1": f1(bits(b, made[b]), truth[b]) for b in others})
+            out["image -> image: corner correlation"] = correlation(
+                background(made["image"]), background(x["image"]))
         else:
-            read = {"attr": attr, "mask": mask}[name]
-            out[f"{name} -> image: judged {name} F1"] = f1(read, x[name])
+            out[f"{name} -> image: judged {name} F1"] = f1(read[name], given[name])
         out[f"{name} -> image: FD-judge"] = frechet_distance(features, real)
+    if "text" in x:
+        out["one true caption against all ten: F1"] = f1(given["text"], truth["text"])
+        out.update(text_figures(model, x, seed))
     for prior in ("aux", "gaussian"):
         made = in_parts(lambda a, b, generator: model.sample_unconditional(
-            b - a, prior, generator=generator, **options), n, seed)
-        features, attr, mask = read_images(judge, made["image"])
-        out[f"nothing ({prior}): judged attr F1"] = f1(attr, made["attr"])
-        out[f"nothing ({prior}): judged mask F1"] = f1(mask, made["mask"])
+            b - a, prior, generator, **options), n, seed)
+        features, read = read_images(judge, made["image"])
+        out.update({f"nothing ({prior}): judged {b} F1": f1(read[b], bits(b, made[b]))
+                    for b in others[::-1]})
         out[f"nothing ({prior}): FD-judge"] = frechet_distance(features, real)
     return {name: round(value, 4) for name, value in out.items()}
 
@@ -1377,8 +1825,8 @@ def parse_args(argv=None):
     parser = data_prep.Parser(
         description="Diff-MVAE: train, sample and evaluate. Modes combine, in that order.")
     add = parser.add_argument_group("what to do").add_argument
-    add("--dataset", choices=["celeba"], required=True,
-        help="the setup: celeba has image, mask and 18 attributes")
+    add("--dataset", choices=list(MODALITIES), required=True,
+        help="the setup: celeba has image, mask and 18 attributes, cub image and caption (text)")
     add("--train", action="store_true", help="train both stages: Eq. 5, then the auxiliary model")
     add("--sample", choices=["cond", "uncond"], help="write a picture of samples")
     add("--eval", action="store_true", help="measure coherence with an independent judge")
@@ -1394,12 +1842,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--given", nargs="+", default=[], metavar="NAME[=VALUE]",
         help="for --sample cond: modalities of the test split (mask attr) or your own "
-             "(image=photo.jpg mask=mask.png attr=Smiling,Bangs)")
+             "(image=photo.jpg mask=mask.png attr=Smiling,Bangs text='a small red bird')")
     add("--prior", choices=["aux", "gaussian"], default="aux",
         help="for --sample uncond: z from the auxiliary model (default) or from N(0, I)")
     add("--sampler", choices=list(SAMPLERS), default="ddim",
         help="how diffusion models are sampled (default: ddim)")
     add("--sampler-steps", type=positive(int), default=50, help="network calls (default: 50)")
+    add("--top-p", type=share, default=0.0, help="captions by nucleus sampling with this mass; 0, "
+        "the default, takes the most probable token each time")
     add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
     add("--eval-num", type=positive(int), default=500, help="test items of --eval (default: 500)")
     args = parser.parse_args(argv)
@@ -1411,8 +1861,8 @@ def add_training_flags(parser):
     """Flags that define a model and its training; None means the preset's value in Config."""
     group = parser.add_argument_group("training (defaults: by preset)")
     add, length = group.add_argument, group.add_mutually_exclusive_group()
-    add("--preset", choices=list(PRESETS), help="sizes and training length (default: small for the "
-        "toy set, paper for prepared data)")
+    add("--preset", choices=["paper", "small"], help="sizes and training length (default: small "
+        "for the toy set, paper for prepared data)")
     add("--decoder", choices=["diffusion", "feedforward"],
         help="image decoder; feedforward turns Eq. 5 into Eq. 4 (default: diffusion)")
     add("--weighting", choices=["simple", "likelihood"],
@@ -1427,6 +1877,9 @@ def add_training_flags(parser):
     add("--lr", type=positive(float), help="peak learning rate of Adam")
     add("--lr-schedule", choices=["cosine", "constant"],
         help="to zero along a cosine, or constant; a short warm-up comes first in both")
+    add("--text-init", type=Path, help="cub: folder of an Optimus download to start the text "
+        "encoder and decoder from (default: fresh ones in the small preset, bert-base-cased and "
+        "gpt2 from the Hugging Face hub in the paper preset)")
     add("--resume", action="store_true", help="continue the run exactly where its checkpoint is")
     add("--overwrite", action="store_true", help="start over in a folder that has a checkpoint")
 
@@ -1436,6 +1889,14 @@ def natural(text):
     value = int(text)
     if not 0 <= value < 2 ** 63:
         raise argparse.ArgumentTypeError(f"{text} is below zero or too large")
+    return value
+
+
+def share(text):
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
@@ -1468,8 +1929,11 @@ def check_args(parser, args):
         parser.error("--eval-num 1: a distance between distributions needs at least 2")
     if args.batch_size == 1:
         parser.error("--batch-size 1: batch normalisation needs at least 2")
+    if args.text_init and args.dataset != "cub":
+        parser.error("--text-init: only the cub setup has text")
     training = [n for n in ("preset", "prior_expert", "beta", "steps", "epochs", "aux_steps",
-                            "batch_size", "lr", "lr_schedule") if getattr(args, n) is not None]
+                            "batch_size", "lr", "lr_schedule", "text_init")
+                if getattr(args, n) is not None]
     if training and not (args.train or args.dry_run):
         parser.error(f"--{training[0].replace('_', '-')} needs --train or --dry-run; a trained "
                      "model keeps its own")
@@ -1500,35 +1964,66 @@ def trained_config(args, folder, dataset):
     return config
 
 
+def new_config(args, dataset, toy):
+    """The preset's configuration with what the flags say instead."""
+    preset = args.preset or ("small" if toy else "paper")
+    values = dict(PRESETS[args.dataset][preset], dataset=dataset, preset=preset)
+    values.update({n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None})
+    return Config(**values)
+
+
+TEXT_FIELDS = ("text_width", "text_layers", "text_heads", "vocab", "special", "tokenizers")
+
+
+def fit_to_data(args, config, data, source, folder):
+    """The configuration with what the data decide: size, steps, tokens; UserError on bad sizes."""
+    steps = args.epochs * data.batches(config.batch_size) if args.epochs else config.steps
+    config = replace(config, image_size=data.size, steps=steps)
+    unit = max(math.prod(config.image_rates), config.patch * 2 ** (len(config.unet_mults) - 1),
+               math.prod(config.mask_rates) if "mask" in config.modalities else 1)
+    if config.image_size % unit:
+        raise UserError(f"{source}: {config.image_size} px, preset {config.preset} needs a "
+                        f"multiple of {unit}; take --preset small or prepare another --size")
+    if "text" in config.modalities:
+        if args.resume:
+            old = read_checkpoint(folder / "checkpoint.pt")["config"]
+            return replace(config, **{name: old[name] for name in TEXT_FIELDS})
+        if args.text_init or config.preset == "paper" and not args.dry_run:
+            return pretrained_text(config, text_sources(args.text_init))
+        captions = (text for row in data.split["train"] for text in data.captions[row])
+        tokenizer = small_tokenizer(captions)
+        config = replace(config, tokenizers=(tokenizer, tokenizer), special=(0, 1, 2))
+        if config.preset == "small":
+            config = replace(config, vocab=(vocabulary_size(tokenizer),) * 2)
+    return config
+
+
 def choose(args):
     """Device, data, configuration and run folder from the flags and from what is on the disk."""
     device, source = pick_device(args.device), args.data or Path("data") / args.dataset
     toy = args.data is None and not source.exists()
     variant = "-feedforward" * (args.decoder == "feedforward") + \
         "-likelihood" * (args.weighting == "likelihood")
-    folder = args.run or Path("runs") / f"{args.dataset}{'-toy' * toy}{variant}"
-    named = args.dataset + "-toy" * toy
-    if args.train or args.dry_run:
-        preset = args.preset or ("small" if toy else "paper")
-        values = dict(PRESETS[preset], dataset=named)
-        values.update({n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None})
-        config = Config(**values)
-    else:
-        config = trained_config(args, folder, named)
+    dataset = args.dataset + "-toy" * toy
+    folder = args.run or Path("runs") / f"{dataset}{variant}"
+    new, exists = args.train or args.dry_run, (folder / "checkpoint.pt").exists()
+    if args.train and exists and not (args.resume or args.overwrite):
+        raise UserError(f"{folder}: has a checkpoint; --resume continues it, --overwrite starts "
+                        "over")
+    if args.resume and not exists:
+        raise UserError(f"{folder}: no checkpoint to resume; start with --train alone")
+    config = new_config(args, dataset, toy) if new else trained_config(args, folder, dataset)
     if toy:
-        print(f"*** No data at {source}: using the built-in TOY FACES, preset {config.preset}. ***")
+        name = {"celeba": "FACES", "cub": "BIRDS"}[args.dataset]
+        print(f"*** No data at {source}: using the built-in TOY {name}, preset {config.preset}. "
+              "***")
         few = {"train": config.batch_size, "val": 2, "test": 2} if args.dry_run else None
-        data = toy_data(config.image_size, device, few)
+        data = toy_data(args.dataset, config.image_size, device, few)
     else:
-        data = load_data(source, device)
-    if args.train or args.dry_run:
-        steps = args.epochs * data.batches(config.batch_size) if args.epochs else config.steps
-        config = replace(config, image_size=data.size, steps=steps)
-    unit = max(math.prod(config.image_rates), math.prod(config.mask_rates),
-               config.patch * 2 ** (len(config.unet_mults) - 1))
-    if config.image_size % unit:
-        raise UserError(f"{source}: {config.image_size} px, preset {config.preset} needs a "
-                        f"multiple of {unit}; take --preset small or prepare another --size")
+        data = load_data(args.dataset, source, device)
+    if new:
+        config = fit_to_data(args, config, data, source, folder)
+    data.tokenize(config)
     return device, data, config, folder
 
 
@@ -1540,10 +2035,12 @@ def parameter_counts(model):
                      for name, part in parts.items())
 
 
-def dry_run(config, data, device):
+def dry_run(config, data, device, text_init):
     """One training step and one DDIM step, timed; nothing is written."""
     import resource
     model, _ = build(config, device)
+    if text_init:
+        load_text_weights(model, text_sources(text_init))
     print(f"parameters: {parameter_counts(model)}")
     optimizer = torch.optim.Adam(model.parameters())
     start = time.time()
@@ -1566,17 +2063,14 @@ def dry_run(config, data, device):
 
 def run_training(args, config, data, folder, device):
     """--train: start or continue the run in `folder`. -> 0, or 130/143 when told to stop."""
-    exists = (folder / "checkpoint.pt").exists()
-    if exists and not (args.resume or args.overwrite):
-        raise UserError(f"{folder}: has a checkpoint; --resume continues it, --overwrite starts "
-                        "over")
-    if args.resume and not exists:
-        raise UserError(f"{folder}: no checkpoint to resume; start with --train alone")
     run = Run(folder, config, device)
     print(f"{folder}: parameters: {parameter_counts(run.model)}")
     if args.resume:
         run.restore()
     else:
+        if config.preset == "paper" and "text" in config.modalities or args.text_init:
+            load_text_weights(run.model, text_sources(args.text_init))
+            run.ema.load_state_dict(run.model.state_dict())
         (folder / "eval.json").unlink(missing_ok=True)
         shutil.rmtree(folder / "samples", ignore_errors=True)
         run.log_file_of([])
@@ -1599,42 +2093,45 @@ def run_training(args, config, data, folder, device):
     return 0
 
 
+def sampling_options(args):
+    """What DiffMVAE.decode takes, from the flags."""
+    return dict(sampler=args.sampler, steps=args.sampler_steps, top_p=args.top_p)
+
+
 def run_sampling(args, model, data, folder):
     """--sample: one picture of the flags' kind."""
-    names, own = read_given(args.given, data.size)
+    names, own = read_given(args.given, model.config)
     stem = "-".join(["given", *names]) if names else f"uncond-{args.prior}"
+    stem += f"-top{args.top_p}" * bool(args.top_p)
     path = folder / "samples" / f"{stem}{'-own' if own else ''}-seed{args.seed or 0}.png"
-    sample_pictures(model, data, path, names, args.num, args.sampler, args.sampler_steps,
-                    args.seed or 0, args.prior, own)
+    sample_pictures(model, data, path, names, args.num, args.seed or 0, sampling_options(args),
+                    args.prior, own)
 
 
 def run_evaluation(args, model, data, folder):
     """--eval: print the figures and write eval.json."""
-    count = JUDGE_FACES if data.toy else len(data.split["train"])
+    count = JUDGE_TOYS if data.toy else len(data.split["train"])
     name = f"judge-{args.dataset}{'-toy' * data.toy}-{data.size}px-{count}.pt"
     judge, device = get_judge(folder.parent / name, data), data.device
-    start = time.time()
+    start, seed, options = time.time(), args.seed or 0, sampling_options(args)
     with autocast(device):
-        figures = evaluate(model, judge, data, args.eval_num, args.sampler, args.sampler_steps,
-                           args.seed or 0)
-    print(f"{folder}: {args.sampler}, {args.sampler_steps} steps, seed {args.seed or 0}, "
+        figures = evaluate(model, judge, data, args.eval_num, seed, options)
+    print(f"{folder}: {args.sampler}, {args.sampler_steps} steps, seed {seed}, "
           f"{time.time() - start:.0f} s")
     for name, value in figures.items():
         print(f"  {name:42s} {value:8.3f}")
-    record = {"sampler": args.sampler, "steps": args.sampler_steps, "seed": args.seed or 0,
-              **figures}
-    (folder / "eval.json").write_text(json.dumps(record, indent=1))
+    (folder / "eval.json").write_text(json.dumps({**options, "seed": seed, **figures}, indent=1))
 
 
 def main(argv=None):
     """The command line: -> exit code; 2 after one line on stderr for anything the user can mend."""
     args = parse_args(argv)
-    try:
-        read_given(args.given, 8)  # a wrong word stops here, before any training
+    try:  # first what is wrong with --given, before any training
+        read_given(args.given, Config(dataset=args.dataset, image_size=8))
         device, data, config, folder = choose(args)
         if args.dry_run:
-            print(json.dumps(asdict(config)))
-            dry_run(config, data, device)
+            print(json.dumps({**asdict(config), "tokenizers": len(config.tokenizers)}))
+            dry_run(config, data, device, args.text_init)
             return 0
         if args.train and (code := run_training(args, config, data, folder, device)):
             return code

@@ -1,12 +1,14 @@
 """Tests of diffmvae.py and data_prep.py: one test an equation, then behaviour, then the commands.
 
-    python -m pytest                                       # about 3 minutes on 2 cores, no network
-    DIFFMVAE_REAL_DATA=/folder python -m pytest -k real    # + tests on raw CelebAMask-HQ
+    python -m pytest                                       # about 5 minutes on 2 cores, no network
+    DIFFMVAE_REAL_DATA=/folder python -m pytest -k real    # + tests on raw data
 
 Expected values are written down independently of the module: closed forms in float64, numerical
 integration, torch.distributions.
 """
 import ast
+import copy
+import functools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -31,22 +34,47 @@ import diffmvae as D
 
 HERE = Path(__file__).parent
 SDE = D.VPSDE()
+FACE = D.MODALITIES["celeba"]
 
 
-def tiny(**changes):
+def tiny(dataset="celeba", **changes):
     """The smallest model that has every part."""
-    base = D.Config(**{**D.SMALL, **dict(
-        image_size=16, latent=16, image_channels=(8, 16, 16), mask_channels=(8, 8, 16),
-        attr_widths=(32, 32), unet_width=16, unet_mults=(1, 2), unet_blocks=1, unet_attention=(4,),
-        z_map=4, aux_width=16, aux_mults=(1,), batch_size=8, steps=6, aux_steps=4, log_every=2,
-        probe_every=100, save_every=100)})
+    base = D.Config(**{**D.PRESETS[dataset]["small"], **dict(
+        dataset=dataset + "-toy", image_size=16, latent=16, image_channels=(8, 16, 16),
+        mask_channels=(8, 8, 16), attr_widths=(32, 32), unet_width=16, unet_mults=(1, 2),
+        unet_blocks=1, unet_attention=(4,), z_map=4, aux_width=16, aux_mults=(1,), batch_size=8,
+        steps=6, aux_steps=4, log_every=2, probe_every=100, save_every=100)})
+    if dataset == "cub":
+        tokenizer = bird_tokenizer()
+        base = replace(base, text_width=16, text_layers=2, text_heads=2, special=(0, 1, 2),
+                       vocab=(D.vocabulary_size(tokenizer),) * 2, tokenizers=(tokenizer,) * 2)
     return replace(base, **changes)
+
+
+@functools.cache
+def bird_tokenizer():
+    return D.small_tokenizer([t for ten in data_prep.toy_birds(40, 16)["text"] for t in ten])
 
 
 @pytest.fixture(scope="module")
 def faces():
     """16 drawn faces at 16x16 as the model's tensors."""
     return D.to_tensors(data_prep.toy_faces(16, 16, seed=5), "cpu")
+
+
+@pytest.fixture(scope="module")
+def birds():
+    """16 drawn birds at 16x16 with a caption each as the model's tensors."""
+    return toy("cub", 16).rows(np.arange(16))
+
+
+def toy(dataset, n, config=None):
+    """n toys as data: 5/8 training, the rest in two halves validation and test."""
+    a, b = 5 * n // 8, 13 * n // 16
+    split = {"train": np.arange(a), "val": np.arange(a, b), "test": np.arange(b, n)}
+    data = D.Data(D.TOYS[dataset](n, 16), split, True, torch.device("cpu"))
+    data.tokenize(config or tiny(dataset))
+    return data
 
 
 def model_of(config, seed=0):
@@ -382,10 +410,10 @@ def test_eq5_is_log_evidence_for_the_exact_posterior(monkeypatch):
     """[Eq. 5] on a linear-Gaussian multimodal model: the bound plus its constants equals log p(x)
     for the full subset, where q is exact; for another subset A it is lower by KL(q_A || p(z|x))."""
     model = model_of(tiny(beta=1.0, attr_weight=1.0))
-    model.encoders = nn.ModuleDict({n: LinearExpert(i) for i, n in enumerate(D.MODALITIES)})
+    model.encoders = nn.ModuleDict({n: LinearExpert(i) for i, n in enumerate(FACE)})
     model.decoders = nn.ModuleDict({"image": ExactScoreDecoder(), "mask": LinearDecoder(1),
                                     "attr": LinearDecoder(2)})
-    x = {name: torch.full((400_000, 1), value) for name, value in zip(D.MODALITIES, POINT)}
+    x = {name: torch.full((400_000, 1), value) for name, value in zip(FACE, POINT)}
     everything, one = D.all_subsets(3), {name: value[:1] for name, value in x.items()}
     exact = model.fuse(*model.encode(one), torch.ones(1, 3).bool())
     for subset in everything:
@@ -404,10 +432,10 @@ def test_eq5_is_log_evidence_for_the_exact_posterior(monkeypatch):
 def test_eq4_elbo_is_tight(monkeypatch):
     """[Eq. 3] [Eq. 4] feed-forward decoders: E_q log p(x|z) - KL = log p(x) for the exact q."""
     model = model_of(tiny(decoder="feedforward", beta=1.0, attr_weight=1.0))
-    model.encoders = nn.ModuleDict({n: LinearExpert(i) for i, n in enumerate(D.MODALITIES)})
-    model.decoders = nn.ModuleDict({n: LinearDecoder(i) for i, n in enumerate(D.MODALITIES)})
+    model.encoders = nn.ModuleDict({n: LinearExpert(i) for i, n in enumerate(FACE)})
+    model.decoders = nn.ModuleDict({n: LinearDecoder(i) for i, n in enumerate(FACE)})
     monkeypatch.setattr(D, "all_subsets", lambda m: torch.ones(1, m).bool())
-    x = {name: torch.full((100_000, 1), value) for name, value in zip(D.MODALITIES, POINT)}
+    x = {name: torch.full((100_000, 1), value) for name, value in zip(FACE, POINT)}
     torch.manual_seed(0)
     within(-model.neg_elbo(x)["total"], log_evidence())
 
@@ -501,17 +529,23 @@ def test_auxiliary_loss_is_on_standardised_samples():
 
 # === §4 The model's behaviour ===
 
-SUBSETS = [[n for n, keep in zip(D.MODALITIES, row) if keep] for row in D.all_subsets(3).tolist()]
+SUBSETS = [(dataset, [n for n, keep in zip(names, row) if keep])
+           for dataset, names in D.MODALITIES.items() for row in D.all_subsets(len(names)).tolist()]
 
 
-@pytest.mark.parametrize("given", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("dataset,given", SUBSETS)
 @pytest.mark.parametrize("decoder", ["diffusion", "feedforward"])
-def test_every_subset_to_everything(faces, given, decoder):
+def test_every_subset_to_everything(faces, birds, dataset, given, decoder):
     """[Sec. 3.3] shapes, ranges and kinds of what comes out, n results an item."""
-    model = randomise(model_of(tiny(decoder=decoder)))
-    made = model.sample_conditional({n: faces[n][:3] for n in given}, n=2, steps=3,
+    model = randomise(model_of(tiny(dataset, decoder=decoder)))
+    x = {"celeba": faces, "cub": birds}[dataset]
+    made = model.sample_conditional({n: x[n][:3] for n in given}, n=2, steps=3,
                                     generator=torch.Generator().manual_seed(0))
+    assert list(made) == list(D.MODALITIES[dataset])
     assert made["image"].shape == (6, 3, 16, 16) and made["image"].abs().max() <= 1
+    if dataset == "cub":
+        assert made["text"].shape == (6, 32) and (made["text"][:, 0] == 1).all()
+        return
     assert made["mask"].shape == (6, 1, 16, 16) and made["attr"].shape == (6, 18)
     assert set(made["mask"].unique().tolist()) | set(made["attr"].unique().tolist()) <= {0.0, 1.0}
 
@@ -519,7 +553,7 @@ def test_every_subset_to_everything(faces, given, decoder):
 def test_conditional_z_is_a_sample_of_the_product(faces):
     """[Sec. 3.3] z ~ prod_i q(z|x_i) of what is given, with its mean and variance."""
     model, seen = randomise(model_of(tiny())), []
-    model.decode = lambda z, noise, sampler, steps: seen.append(z)
+    model.decode = lambda z, noise, **_: seen.append(z)
     given = {n: faces[n][:1] for n in ("mask", "attr")}
     model.sample_conditional(given, n=20_000, generator=torch.Generator().manual_seed(0))
     mu, logvar = D.product_of_experts(
@@ -546,7 +580,7 @@ def test_priors_differ():
     """[Sec. 3.4] "gaussian" decodes N(0, I), "aux" the auxiliary model's samples."""
     model, seen = randomise(model_of(tiny())), []
     model.aux.mean.fill_(5.0)
-    model.decode = lambda z, noise, sampler, steps: seen.append(z)
+    model.decode = lambda z, noise, **_: seen.append(z)
     for prior in ("aux", "gaussian"):
         model.sample_unconditional(500, prior, steps=2, generator=torch.Generator().manual_seed(0))
     assert seen[0].mean() > 3 and abs(seen[1].mean()) < 0.05 and abs(seen[1].std() - 1) < 0.05
@@ -590,15 +624,18 @@ def test_wrong_data_is_named(faces):
             model.posterior(x)
 
 
+@pytest.mark.parametrize("dataset", D.MODALITIES)
 @pytest.mark.parametrize("weighting", ["simple", "likelihood"])
-def test_gradients_reach_everything(faces, weighting):
+def test_gradients_reach_everything(faces, birds, dataset, weighting):
     """[Eq. 5] end to end: the diffusion term alone moves every encoder; all parameters learn."""
-    model = randomise(model_of(tiny(weighting=weighting))).train()
+    model = randomise(model_of(tiny(dataset, weighting=weighting))).train()
+    x = {"celeba": faces, "cub": birds}[dataset]
     torch.manual_seed(0)
-    model.neg_elbo(faces)["image"].mean().backward()
-    for name in D.MODALITIES:
-        assert all(p.grad.any() for p in model.encoders[name].parameters()), name
-    model.neg_elbo(faces)["total"].mean().backward()
+    model.neg_elbo(x)["image"].mean().backward()
+    for name in D.MODALITIES[dataset]:  # the keys' biases of BERT cancel in the softmax
+        assert all(p.grad.any() for n, p in model.encoders[name].named_parameters()
+                   if not n.endswith("key.bias")), name
+    model.neg_elbo(x)["total"].mean().backward()
     model.aux.nll(torch.randn(16, 16)).mean().backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent and all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -650,13 +687,362 @@ def test_overfits_one_batch(faces):
     assert last["attr"] < 0.4 * first["attr"]
 
 
+# === §5 Text: Optimus's encoder and decoder ===
+
+def layer_norm(x, state, name, eps):
+    return nn.functional.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"],
+                                    eps)
+
+
+def attend(q, k, v, heads, allowed):
+    """(B, T, C), (B, S, C), (B, S, C), mask (B or 1, T or 1, S): multi-head attention."""
+    split = lambda a: a.view(*a.shape[:2], heads, -1).transpose(1, 2)
+    q, k, v = split(q), split(k), split(v)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    weights = scores.masked_fill(~allowed.unsqueeze(1), -math.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def optimus_encode(state, ids, heads):
+    """Optimus's encoder from its own tensors: BERT's pooled [CLS], mean and logvar."""
+    linear = lambda x, name: x @ state[name + ".weight"].T + state[name + ".bias"]
+    x = state["embeddings.word_embeddings.weight"][ids] \
+        + state["embeddings.position_embeddings.weight"][:ids.shape[1]] \
+        + state["embeddings.token_type_embeddings.weight"][0]
+    x = layer_norm(x, state, "embeddings.LayerNorm", 1e-12)
+    for n in range(2):
+        at = f"encoder.layer.{n}."
+        q, k, v = (linear(x, f"{at}attention.self.{name}") for name in ("query", "key", "value"))
+        y = linear(attend(q, k, v, heads, (ids > 0).unsqueeze(1)), at + "attention.output.dense")
+        x = layer_norm(x + y, state, at + "attention.output.LayerNorm", 1e-12)
+        y = nn.functional.gelu(linear(x, at + "intermediate.dense"))
+        x = layer_norm(x + linear(y, at + "output.dense"), state, at + "output.LayerNorm", 1e-12)
+    return (torch.tanh(linear(x[:, 0], "pooler.dense")) @ state["linear.weight"].T).chunk(2, 1)
+
+
+def optimus_decode(state, z, ids, heads, memory=True):
+    """Optimus's decoder from its own tensors: -> logits (B, T, V).
+
+    The memory is key and value of one position in front, past the attention's projection;
+    positions count from 1; a map of z is added to every embedding.
+    """
+    linear = lambda x, name: x @ state[name + ".weight"] + state[name + ".bias"]  # [in, out]
+    b, t = ids.shape
+    slots = (z @ state["transformer.linear.weight"].T).chunk(2, 1)
+    x = state["transformer.wte.weight"][ids] + state["transformer.wpe.weight"][1:t + 1] \
+        + (z @ state["transformer.linear_emb.weight"].T).unsqueeze(1)
+    causal = torch.cat([torch.full((t, 1), memory), torch.ones(t, t).tril().bool()], 1)[None]
+    for n in range(2):
+        at = f"transformer.h.{n}."
+        q, k, v = linear(layer_norm(x, state, at + "ln_1", 1e-5), at + "attn.c_attn").chunk(3, 2)
+        k, v = (torch.cat([slots[n].unsqueeze(1), a], 1) for a in (k, v))
+        x = x + linear(attend(q, k, v, heads, causal), at + "attn.c_proj")
+        y = linear(layer_norm(x, state, at + "ln_2", 1e-5), at + "mlp.c_fc")
+        x = x + linear(nn.functional.gelu(y, approximate="tanh"), at + "mlp.c_proj")
+    return layer_norm(x, state, "transformer.ln_f", 1e-5) @ state["transformer.wte.weight"].T
+
+
+def draw_tokenizers(folder):
+    """A WordPiece and a byte-level BPE tokenizer in folders named and filled as on the hub, with
+    defaults that Optimus does not use: -> their sizes, with its three special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    captions = [t for ten in data_prep.toy_birds(40, 16)["text"] for t in ten]
+    wordpiece, bpe = Tokenizer(models.WordPiece(unk_token="[UNK]")), Tokenizer(models.BPE())
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.train_from_iterator([*captions, "Red"], trainers.WordPieceTrainer(
+        vocab_size=100, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    for name, kind, tokenizer in (("bert-base-cased", "bert", wordpiece), ("gpt2", "gpt2", bpe)):
+        (folder / name).mkdir(parents=True)
+        tokenizer.model.save(str(folder / name))                 # vocab.txt; vocab.json, merges.txt
+        (folder / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    return wordpiece.get_vocab_size(), bpe.get_vocab_size() + 3
+
+
+def draw_optimus(folder, width=32, latent=64):
+    """Folders in the layout and with the key names of an Optimus download: 2 layers, random
+    weights, old-style configurations; beside them tiny tokenizers. -> the two state dicts."""
+    vocab, g = draw_tokenizers(folder), torch.Generator().manual_seed(0)
+    rand = lambda *shape: 0.3 * torch.randn(shape, generator=g)
+    norm = lambda name: {name + ".weight": 1 + rand(width), name + ".bias": rand(width)}
+    dense = lambda name, out, inp: {name + ".weight": rand(out, inp), name + ".bias": rand(out)}
+    conv = lambda name, inp, out: {name + ".weight": rand(inp, out), name + ".bias": rand(out)}
+    encoder = {"embeddings.word_embeddings.weight": rand(vocab[0], width),
+               "embeddings.position_embeddings.weight": rand(512, width),
+               "embeddings.token_type_embeddings.weight": rand(2, width),
+               **norm("embeddings.LayerNorm"), **dense("pooler.dense", width, width),
+               "linear.weight": rand(2 * latent, width)}
+    decoder = {"transformer.wte.weight": rand(vocab[1], width),
+               "transformer.wpe.weight": rand(1024, width), **norm("transformer.ln_f"),
+               "transformer.linear.weight": rand(2 * width, latent),
+               "transformer.linear_emb.weight": rand(width, latent)}
+    decoder["lm_head.weight"] = decoder["transformer.wte.weight"]
+    for n in range(2):
+        at = f"encoder.layer.{n}."
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            encoder.update(dense(f"{at}attention.{name}", width, width))
+        encoder.update({**norm(at + "attention.output.LayerNorm"), **norm(at + "output.LayerNorm"),
+                        **dense(at + "intermediate.dense", 4 * width, width),
+                        **dense(at + "output.dense", width, 4 * width)})
+        at = f"transformer.h.{n}."
+        decoder.update({**norm(at + "ln_1"), **norm(at + "ln_2"),
+                        **conv(at + "attn.c_attn", width, 3 * width),
+                        **conv(at + "attn.c_proj", width, width),
+                        **conv(at + "mlp.c_fc", width, 4 * width),
+                        **conv(at + "mlp.c_proj", 4 * width, width),
+                        at + "attn.bias": torch.ones(1, 1, 1024, 1024).tril()})
+    save_optimus(folder, encoder, decoder, vocab, width)
+    return encoder, decoder
+
+
+def save_optimus(folder, encoder, decoder, vocab, width):
+    configs = {"encoder": dict(hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
+                               intermediate_size=4 * width, vocab_size=vocab[0]),
+               "decoder": dict(n_embd=width, n_layer=2, n_head=4, vocab_size=vocab[1])}
+    for part, state in (("encoder", encoder), ("decoder", decoder)):
+        where = folder / f"checkpoint-{part}-508523"
+        where.mkdir(parents=True)
+        (where / "config.json").write_text(json.dumps(configs[part]))
+        torch.save(state, where / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def from_optimus(folder):
+    """A small model whose text parts start from the folder."""
+    sources = D.text_sources(folder)
+    config = replace(D.pretrained_text(tiny("cub"), sources), latent=64, aux_dims=1)
+    model = model_of(config).eval()
+    D.load_text_weights(model, sources)
+    return model
+
+
+def test_optimus_checkpoint_gives_optimus_logits(tmp_path, capsys):
+    """Every tensor is loaded, and encoder and decoder compute what Optimus's would."""
+    encoder, decoder = draw_optimus(tmp_path)
+    model = from_optimus(tmp_path)
+    report = capsys.readouterr().out
+    assert report.count("missing: 0\n") == report.count("unexpected: 0\n") == 2
+    assert f"loaded: {len(encoder)}\n" in report and f"loaded: {len(decoder) - 2}\n" in report
+    text, cut = D.tokenize(["this small bird has red wings.",
+                            "a bird with a blue head and a curved black bill."], model.config)
+    text, z = torch.from_numpy(text).long(), torch.randn(2, 64)
+    assert text[0, 0, 0] == 2 and text[0, 1, 0] == model.config.special[1] and cut == 0
+    for got, want in zip(model.encoders["text"](text), optimus_encode(encoder, text[:, 0], 4)):
+        assert (got - want).abs().max() < 1e-5 and want.std() > 0.1
+    net, ids = model.decoders["text"], text[:, 1, :-1]
+    got, want = net.logits(z, ids, net.remember(z)), optimus_decode(decoder, z, ids, 4)
+    real = ids != model.config.special[0]
+    assert (got - want)[real].abs().max() < 1e-5
+    blind = optimus_decode(decoder, z, ids, 4, memory=False)
+    assert (got - blind)[real].abs().max() > 0.1                 # the memory matters
+    p = want.log_softmax(-1).gather(2, text[:, 1, 1:, None]).squeeze(2)
+    want = -(p * (text[:, 1, 1:] != model.config.special[0])).sum(1)  # nats a caption
+    assert torch.allclose(net.nll(z, text), want, atol=1e-4)
+    words = D.captions_of(text[:, 1], model.config)
+    assert words[0] == "this small bird has red wings."
+
+
+def test_optimus_reads_case_and_a_first_space(tmp_path):
+    """Its tokenizers never lower-case, and see a caption as if a space came before it."""
+    draw_optimus(tmp_path)
+    config = D.pretrained_text(tiny("cub"), D.text_sources(tmp_path))
+    (upper, lower), _ = D.tokenize(["Red", "red"], config)
+    assert not np.array_equal(upper[0], lower[0])
+    ids, _ = D.tokenize(["red", "small red"], config)
+    one, two = (row[1][row[1] < config.special[0]].tolist() for row in ids)
+    tokenizer = tokenizers.Tokenizer.from_str(config.tokenizers[1])
+    assert tokenizer.decode(one) == " red" and two[-len(one):] == one
+
+
+@pytest.mark.parametrize("damage,words", [
+    (lambda f: (f / "checkpoint-decoder-508523").rename(f / "gone"), "needs one folder"),
+    (lambda f: (f / "checkpoint-encoder-508523/pytorch_model.bin").write_bytes(b"PK"),
+     "cannot be read"),
+    (lambda f: drop(f, "encoder", "encoder.layer.1.output.dense.bias"),
+     "missing bert.encoder.layer.1.output.dense.bias"),
+    (lambda f: drop(f, "decoder", "transformer.linear.weight"), "missing memory.weight"),
+    (lambda f: drop(f, "encoder", "linear.weight", torch.zeros(64, 32)),
+     "head.weight (64, 32), not (128, 32)"),
+    (lambda f: (f / "checkpoint-encoder-508523/config.json").write_text('{"vocab_size": 7}'),
+     "do not fit together")])
+def test_optimus_checkpoint_says_which_keys(tmp_path, damage, words):
+    draw_optimus(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(D.UserError, match=re.escape(words)):
+        from_optimus(tmp_path)
+
+
+def drop(folder, part, name, value=None):
+    """Take a tensor out of an Optimus folder, or replace it."""
+    path = folder / f"checkpoint-{part}-508523" / "pytorch_model.bin"
+    state = torch.load(path)
+    del state[name]
+    torch.save(state if value is None else {**state, name: value}, path)
+
+
+def test_text_from_the_hub_names(tmp_path, monkeypatch, capsys):
+    """Without --text-init: bert-base-cased and gpt2, here small ones in folders of these names;
+    three special tokens are added and Optimus's own layers start fresh."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+    draw_optimus(tmp_path)
+    bert = BertModel(BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2,
+                                num_attention_heads=4, intermediate_size=128))
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
+    bert.save_pretrained(tmp_path / "bert-base-cased")
+    gpt.save_pretrained(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    sources = D.text_sources(None)
+    config = D.pretrained_text(tiny("cub"), sources)
+    assert config.vocab == (100, 303) and config.special == (300, 301, 302)
+    model = model_of(config)
+    D.load_text_weights(model, sources)
+    assert re.findall(r"1 x (\w+\.weight)", capsys.readouterr().out.replace("gpt.", "")).count(
+        "memory.weight") == 1
+    assert torch.equal(model.encoders["text"].bert.pooler.dense.weight, bert.pooler.dense.weight)
+    got, want = model.decoders["text"].gpt.transformer.wte.weight, gpt.transformer.wte.weight
+    assert torch.equal(got[:300], want) and len(got) == 303
+
+
+def generated(decoder, z, **how):
+    """The transformers library's generate() with Optimus's memory and embedding."""
+    gpt, n = decoder.gpt, len(z)
+    hook = gpt.transformer.wte.register_forward_hook(
+        lambda module, args, out: out + decoder.embed(z).unsqueeze(1))
+    try:
+        return gpt.generate(input_ids=torch.full((n, 1), decoder.bos), past_key_values=
+                            decoder.remember(z), attention_mask=torch.ones(n, 2).long(),
+                            pad_token_id=decoder.pad, eos_token_id=decoder.eos,
+                            max_length=decoder.length, **how)
+    finally:
+        hook.remove()
+
+
+def sharp_decoder():
+    """A random text decoder that is sure of itself, and ends captions now and then."""
+    decoder = randomise(model_of(tiny("cub"))).decoders["text"]
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(4)
+        decoder.gpt.transformer.wte.weight[decoder.eos].mul_(3)
+    return decoder
+
+
+def test_greedy_captions_are_those_of_generate():
+    """Our loop and the transformers library write the same tokens, ends included."""
+    decoder, z = sharp_decoder(), torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, want = decoder.sample(z), generated(decoder, z, do_sample=False)
+    want = nn.functional.pad(want, (0, 32 - want.shape[1]), value=0)
+    assert torch.equal(got, want)
+    ends = (got == decoder.eos).any(1)
+    assert ends.any() and not ends.all() and len(got.unique(dim=0)) > 5
+
+
+def test_nucleus_captions_have_the_distribution_of_generate():
+    """First tokens of 20,000 captions, top_p = 0.8: ours, generate()'s and the exact ones."""
+    decoder = randomise(model_of(tiny("cub"))).decoders["text"]
+    decoder.length = 2
+    z = torch.randn(1, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        first = lambda: decoder.logits(z, torch.full((1, 1), 1), decoder.remember(z))[0, 0]
+        for p in decoder.gpt.transformer.ln_f.parameters():
+            p.mul_(2.5 / first().std())                          # neither flat nor one token
+        p = first().softmax(0)
+        order = p.argsort(descending=True)
+        last = int((p[order].cumsum(0) < 0.8).sum())             # the one that reaches 0.8
+        exact = torch.zeros_like(p)
+        exact[order[:last + 1]] = p[order[:last + 1]] / p[order[:last + 1]].sum()
+        z, count = z.expand(20_000, -1), lambda ids: torch.bincount(
+            ids[:, 1], minlength=len(p)) / len(ids)
+        ours = count(decoder.sample(z, D.Noise(20_000, torch.Generator().manual_seed(0)), 0.8))
+        torch.manual_seed(0)
+        theirs = count(generated(decoder, z, do_sample=True, top_p=0.8, top_k=0))
+    assert 3 < (exact > 0).sum() < len(p) - 10
+    for found in (ours, theirs):
+        assert (found - exact).abs().sum() / 2 < 0.04 and not found[exact == 0].any()
+
+
+def test_captions_depend_on_their_own_seed_not_their_batch(birds):
+    model = randomise(model_of(tiny("cub")))
+    many, few = (model.sample_conditional({"image": birds["image"][:n]}, steps=2, top_p=0.9,
+                                          generator=torch.Generator().manual_seed(7))["text"]
+                 for n in (6, 2))
+    assert torch.equal(many[:2], few) and not torch.equal(many[0], many[1])
+
+
+def test_caption_nll_counts_the_caption_and_its_end_only(birds):
+    """[Eq. 4] a sum over tokens in nats: padding, and what follows it, has no part in it."""
+    model = randomise(model_of(tiny("cub")))
+    decoder, z, text = model.decoders["text"], torch.randn(16, 16), birds["text"].clone()
+    uniform = copy.deepcopy(decoder)
+    for p in uniform.gpt.parameters():
+        nn.init.zeros_(p)
+    length = (text[:, 1] != 0).sum(1)                            # with <BOS> and <EOS>
+    want = (length - 1) * math.log(model.config.vocab[1])
+    assert torch.allclose(uniform.nll(z, text), want.float(), rtol=1e-5)
+    alone = [decoder.nll(z[k:k + 1], text[k:k + 1, :, :length[k]]) for k in range(16)]
+    assert torch.allclose(decoder.nll(z, text), torch.cat(alone), rtol=1e-4)
+    mu, _ = model.encoders["text"](text)
+    alone = [model.encoders["text"](text[k:k + 1, :, :length[k]])[0] for k in range(16)]
+    assert torch.allclose(mu, torch.cat(alone), atol=1e-5)
+
+
+def test_small_tokenizer_round_trip():
+    """Byte-level: any text comes back; <PAD>, <BOS>, <EOS> are 0, 1, 2; long ones are cut."""
+    config = tiny("cub")
+    texts = ["a small red bird.", "Qué? 95% 'zébra'", "a " * 100]
+    ids, cut = D.tokenize(texts, config)
+    assert ids.shape == (3, 2, 32) and cut == 1 and (ids[:, 0] == ids[:, 1]).all()
+    assert D.captions_of(ids[:2, 1], config) == texts[:2]
+    assert (ids[:, 1, 0] == 1).all() and ids[2, 1, -1] == 2
+    assert bird_tokenizer() == D.small_tokenizer(
+        [t for ten in data_prep.toy_birds(40, 16)["text"] for t in ten])
+
+
+def test_batches_take_one_of_ten_captions(birds):
+    """Every picture comes with each of its captions in turn, by chance, as a function of the
+    step; held-out rows come with the first."""
+    data = toy("cub", 64)
+    first = D.captions_of(data.rows(np.arange(4))["text"][:, 1], tiny("cub"))
+    assert first == [ten[0] for ten in data.captions[:4]]
+    one, again = (data.batch(8, 3, 7)["text"] for _ in range(2))
+    assert torch.equal(one, again)
+    seen = {}
+    for step in range(200):
+        x = data.batch(8, 0, step)
+        for image, text in zip(x["image"], D.captions_of(x["text"][:, 1], tiny("cub"))):
+            row = int((torch.from_numpy(data.arrays["image"][:40]).permute(0, 3, 1, 2) / 127.5 - 1
+                       - image).abs().flatten(1).sum(1).argmin())
+            assert text in data.captions[row]
+            seen.setdefault(row, set()).add(text)
+    assert len(seen) == 40 and min(map(len, seen.values())) >= 7
+
+
+def test_one_dimensional_auxiliary_model():
+    """[Sec. 4.1] the latent as a row: its UNet moves information along it; paper: 1x768."""
+    aux = randomise(model_of(tiny("cub"))).aux
+    assert aux.shape == (1, 16)
+    x = torch.randn(2, 1, 16)
+    y = aux.unet(x, torch.tensor([0.5, 0.5]))
+    assert y.shape == x.shape
+    x[:, 0, 0] += 1
+    assert (aux.unet(x, torch.tensor([0.5, 0.5])) - y)[:, 0, -1].abs().min() > 0  # end to end
+    assert aux.sample(D.Noise(3), steps=2).shape == (3, 16)
+    with torch.device("meta"):
+        model = D.DiffMVAE(D.Config(**{**D.PRESETS["cub"]["paper"], "dataset": "cub"}))
+    assert model.aux.shape == (1, 768) and model.config.image_size == 64
+    count = {n: sum(p.numel() for p in net["text"].parameters()) for n, net in
+             (("encoder", model.encoders), ("decoder", model.decoders))}
+    assert sum(count.values()) == 241_599_744                    # Optimus at latent 768
+
+
 # === §5 Training ===
 
 def start(tmp_path, **changes):
-    """A tiny run on 64 toy faces."""
-    device = torch.device("cpu")
-    split = {"train": np.arange(40), "val": np.arange(40, 52), "test": np.arange(52, 64)}
-    data = D.Data(data_prep.toy_faces(64, 16), split, True, device)
+    """A tiny run on 64 toys."""
+    device, data = torch.device("cpu"), toy(changes.get("dataset", "celeba"), 64)
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "log.jsonl").touch()
     return D.Run(tmp_path, tiny(**changes), device), data
@@ -667,12 +1053,14 @@ def weights(path):
     return {(kind, n): v for kind in ("model", "ema") for n, v in checkpoint[kind].items()}
 
 
+@pytest.mark.parametrize("dataset", D.MODALITIES)
 @pytest.mark.parametrize("stop_at", [(1, 3), (2, 2)])
-def test_resume_is_bitwise(tmp_path, stop_at):
+def test_resume_is_bitwise(tmp_path, stop_at, dataset):
     """N steps equal k steps + resume + N - k steps, weights and averages, in either stage."""
-    run, data = start(tmp_path / "whole")
+    changes = dict(dataset=dataset, dropout=0.1)
+    run, data = start(tmp_path / "whole", **changes)
     D.train(run, data)
-    run, data = start(tmp_path / "parts")
+    run, data = start(tmp_path / "parts", **changes)
     original = D.learning_rate
 
     def stopping(config, step, total):  # asks for an end during step `stop_at`
@@ -685,7 +1073,7 @@ def test_resume_is_bitwise(tmp_path, stop_at):
     finally:
         D.learning_rate = original
     assert (run.stage, run.step) == stop_at
-    run, data = start(tmp_path / "parts")
+    run, data = start(tmp_path / "parts", **changes)
     with open(run.folder / "log.jsonl", "a") as file:
         file.write('{"stage": 2, "step": 999}\n{"stage": 2, "st')  # written after the checkpoint
     run.restore()
@@ -696,7 +1084,7 @@ def test_resume_is_bitwise(tmp_path, stop_at):
     logs = [[(row["stage"], row["step"]) for row in map(json.loads, open(p / "log.jsonl"))]
             for p in (tmp_path / "whole", tmp_path / "parts")]
     assert logs[0] == logs[1]
-    untrained = D.Run(tmp_path / "x", tiny(), torch.device("cpu")).model.state_dict()
+    untrained = D.Run(tmp_path / "x", tiny(**changes), torch.device("cpu")).model.state_dict()
     assert any(not torch.equal(value, whole["model", n]) for n, value in untrained.items())
 
 
@@ -719,6 +1107,19 @@ def test_ema_closed_form():
         left *= min(0.3, (1 + step) / (10 + step))
         assert torch.allclose(1 - average, torch.full((3,), left), rtol=1e-3, atol=1e-7)
     assert count == 5
+
+
+def test_tied_weights_are_averaged_once(tmp_path):
+    """GPT-2's input and output embeddings are one tensor, which must not move twice a step."""
+    run, _ = start(tmp_path, dataset="cub")
+    pairs = D.ema_pairs(run.ema, run.model, ("encoders.", "decoders."))
+    places = [average.data_ptr() for average, _ in pairs]
+    assert len(set(places)) == len(places)
+    tied = run.ema.decoders["text"].gpt.lm_head.weight
+    assert tied.data_ptr() in places
+    averages = {n for n, _ in run.ema.named_parameters()} | {n for n, _ in run.ema.named_buffers()}
+    saved = {n for n in averages & run.ema.state_dict().keys() if not n.startswith("aux.")}
+    assert len(pairs) == len(saved)
 
 
 def test_load_gives_the_averaged_weights(tmp_path):
@@ -840,7 +1241,8 @@ def test_gap_tells_a_decoder_that_ignores_z(tmp_path):
     """The shuffled-z gap is 0 for a decoder blind to z and positive for one that uses it."""
     run, data = start(tmp_path)
     model, x = run.ema, data.rows(np.arange(12))
-    assert D.coherence(model, x)["gap"] == 0.0                   # zero output layer: blind
+    rows = np.arange(12)
+    assert D.coherence(model, data, rows)["gap"] == 0.0          # zero output layer: blind
     decoder = model.decoders["image"]
 
     def knows_z(x_t, t, z):                                      # decodes z by its nearest mean
@@ -851,7 +1253,33 @@ def test_gap_tells_a_decoder_that_ignores_z(tmp_path):
     decoder.eps = knows_z
     model.encoders["image"].head.bias.data[16:] = -20            # a sharp posterior
     truth = {tuple(z.tolist()): image for z, image in zip(model.posterior(x)[0], x["image"])}
-    assert D.coherence(model, x)["gap"] > 1.0
+    assert D.coherence(model, data, rows)["gap"] > 1.0
+
+
+def test_text_gap_tells_a_decoder_that_ignores_z(tmp_path):
+    """0 for a decoder blind to z, positive for one that knows the caption of each z."""
+    run, data = start(tmp_path, dataset="cub")
+    model, rows = run.ema, np.arange(12)
+    decoder, x = model.decoders["text"], data.rows(rows)
+    nn.init.zeros_(decoder.memory.weight)
+    assert D.coherence(model, data, rows)["text gap"] == 0.0
+    figures = D.text_figures(model, x, 0)
+    assert figures["text NLL, right z"] == figures["text NLL, shuffled z"]
+    for name in ("image", "text"):
+        model.encoders[name].head.weight.data[16:] = 0           # a sharp posterior
+        model.encoders[name].head.weight.data[:16] *= 20
+    model.encoders["image"].head.bias.data[16:] = -30
+    known = model.posterior(x)[0]
+
+    def nll(z, text):                                            # nats: 3, and 7 more if wrong
+        wrong = (text != x["text"][torch.cdist(z, known).argmin(1)]).flatten(1).any(1)
+        return 3.0 + 7.0 * wrong
+    decoder.nll = nll
+    figures = D.coherence(model, data, rows)
+    assert figures["text nll"] == 3.0 and figures["text gap"] == 7.0
+    assert D.text_figures(model, x, 0) == {
+        "text NLL, right z": 3.0, "text NLL, shuffled z": 10.0,
+        "text NLL, right below shuffled by": pytest.approx(0.7)}
 
 
 # === §6 Data preparation ===
@@ -892,7 +1320,7 @@ def test_prepare_celeba(tmp_path):
     result = prepare(tmp_path / "raw", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     image, mask, attr = (np.load(tmp_path / "out" / f"{n}.npy", mmap_mode="r")
-                         for n in D.MODALITIES)
+                         for n in ("image", "mask", "attr"))
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     want = np.zeros((16, 16), np.uint8)
     want[4:, :8] = 1                                             # hair, nose, cloth; not the skin
@@ -906,7 +1334,7 @@ def test_prepare_celeba(tmp_path):
     assert meta["attributes"] == list(data_prep.ATTRIBUTES) and meta["size"] == 16
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in meta["sha256"].values())
     assert not (tmp_path / "out.partial").exists()
-    data = D.load_data(tmp_path / "out", torch.device("cpu"))
+    data = D.load_data("celeba", tmp_path / "out", torch.device("cpu"))
     x = data.rows(data.split["test"])
     assert x["image"].shape == (2, 3, 16, 16) and x["image"].abs().max() <= 1
     again = prepare(tmp_path / "raw", tmp_path / "out")
@@ -960,12 +1388,13 @@ def test_prepare_names_what_is_wrong(tmp_path, damage, words):
 
 
 def test_prepare_skips_bad_images_and_lists_them(tmp_path):
-    draw_raw(tmp_path / "raw")
+    values = draw_raw(tmp_path / "raw")
     break_image(tmp_path / "raw")
     result = prepare(tmp_path / "raw", tmp_path / "out", "--skip-bad")
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert result.returncode == 0 and "7.jpg" in result.stdout and meta["count"] == 11
     assert 7 not in meta["ids"] and len(np.load(tmp_path / "out" / "image.npy")) == 11
+    assert np.array_equal(np.load(tmp_path / "out" / "attr.npy"), np.delete(values, 7, 0) == 1)
 
 
 def test_prepare_starts_over_after_an_interruption(tmp_path):
@@ -1024,9 +1453,245 @@ def test_real_faces(tmp_path):
     assert prepare(tmp_path / "CelebAMask-HQ", tmp_path / "out").returncode == 0
     mask = np.load(tmp_path / "out" / "mask.npy")
     assert len(mask) == 1000 and 0.02 < mask.mean((1, 2)).min() and mask.mean((1, 2)).max() < 0.98
-    data = D.load_data(tmp_path / "out", torch.device("cpu"))
+    data = D.load_data("celeba", tmp_path / "out", torch.device("cpu"))
     terms = model_of(tiny()).neg_elbo(data.batch(8, 0, 0))
     assert torch.isfinite(terms["total"]).all()
+
+
+BIRDS = {"001.Auk": 3, "002.Jay": 2, "003.Tern": 3, "004.Wren": 2}
+CUB = "--dataset", "cub"
+
+
+def captions_of(name):
+    """Ten captions that say whose they are; every other one has no full stop."""
+    return [f"{name}, it's n\u00ba {j}" + "." * (j % 2) for j in range(10)]
+
+
+def draw_birds(raw, mmvae=False, size=(40, 30)):
+    """A raw CUB folder in one of the two layouts: -> {"<class>/<name>": path of its picture}."""
+    rng, paths = np.random.default_rng(0), {}
+    images, text = raw / data_prep.CUB / "images", raw / "text_c10"
+    for kind, count in BIRDS.items():
+        if mmvae:
+            images = raw / "cub" / ("test" if kind == "002.Jay" else "train")
+        (images / kind).mkdir(parents=True)
+        for k in reversed(range(count)):
+            name = f"{kind}/{'b' * (k + 1)}_{k}"
+            paths[name] = images / f"{name}.jpg"
+            pixels = Image.fromarray(rng.integers(0, 256, (3, 4, 3)).astype(np.uint8))
+            pixels.resize(size).convert(("RGB", "L", "CMYK")[k]).save(paths[name], quality=95)
+            if not mmvae:
+                (text / kind).mkdir(parents=True, exist_ok=True)
+                (text / f"{name}.t7").write_bytes(b"of no use here")
+                (text / f"{name}.txt").write_text(" " + " \r\n".join(captions_of(name)), "utf-8")
+    for part in ("test", "trainval") if mmvae else ():
+        names = sorted(n for n in paths if (n[:3] == "002") == (part == "test"))
+        lines = [line + "\n" for name in names for line in captions_of(name)]
+        (raw / "cub" / f"text_{part}classes.txt").write_text("".join(lines), "utf-8")
+    return paths
+
+
+def prepared_birds(out):
+    """-> image (N, H, W, 3), the lists of captions, meta, {split: set of classes}."""
+    meta = json.loads((out / "meta.json").read_text())
+    split = {part: {meta["names"][row].split("/")[0] for row in rows}
+             for part, rows in meta["split"].items()}
+    return np.load(out / "image.npy"), json.loads((out / "text.json").read_text()), meta, split
+
+
+def small_bird(path):
+    """What a row must hold: the whole picture, grey and CMYK ones too, squeezed to 16x16."""
+    return np.asarray(Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("mmvae", [False, True])
+def test_prepare_cub(tmp_path, mmvae):
+    """[Sec. 4.1] every row has its picture, its captions word for word, one split a class."""
+    paths = draw_birds(tmp_path / "raw", mmvae)
+    result = prepare(tmp_path / "raw", tmp_path / "out", *CUB)
+    assert result.returncode == 0 and "10 birds at 16x16" in result.stdout, result.stderr
+    image, text, meta, split = prepared_birds(tmp_path / "out")
+    assert sorted(meta["names"]) == sorted(paths) and len(image) == len(text) == meta["count"] == 10
+    for row, name in enumerate(meta["names"]):
+        assert np.array_equal(image[row], small_bird(paths[name]))
+        assert text[row] == captions_of(name)
+    assert meta["dataset"] == "cub" and meta["size"] == 16 and meta["classes"] == list(BIRDS)
+    assert sorted(sum(meta["split"].values(), [])) == list(range(10)) and meta["skipped"] == []
+    assert meta["counts"] == {part: len(rows) for part, rows in meta["split"].items()}
+    assert meta["official_split"] == mmvae
+    assert split == ({"train": {"001.Auk", "003.Tern"}, "val": {"004.Wren"}, "test": {"002.Jay"}}
+                     if mmvae else
+                     {"train": {"001.Auk", "002.Jay"}, "val": {"003.Tern"}, "test": {"004.Wren"}})
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in meta["sha256"].values())
+    assert len(meta["sha256"]) == (3 if mmvae else 2)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("folder", [data_prep.CUB, "cub"])
+def test_prepare_cub_from_large_pictures_one_folder_down(tmp_path, folder):
+    """--raw may be the inner folder; decoding at a smaller scale changes next to nothing."""
+    paths = draw_birds(tmp_path / "raw", folder == "cub", size=(500, 333))
+    if folder != "cub":
+        (tmp_path / "raw" / "text_c10").rename(tmp_path / "raw" / folder / "text_c10")
+    assert prepare(tmp_path / "raw" / folder, tmp_path / "out", *CUB).returncode == 0
+    image, _, meta, _ = prepared_birds(tmp_path / "out")
+    for row, name in enumerate(meta["names"]):
+        assert np.abs(small_bird(paths[name]).astype(int) - image[row]).mean() < 2
+
+
+def birds_missing(kind, suffix):
+    return lambda raw: next(raw.glob(f"**/{kind}/*{suffix}")).unlink()
+
+
+def edit_captions(change, name="*/003.Tern/b_0.txt"):
+    def damage(raw):
+        path = next(raw.glob(name))
+        path.write_text("\n".join(change(path.read_text("utf-8").split("\n"))), "utf-8")
+    return damage
+
+
+def keep_classes(*kinds):
+    return lambda raw: [p.unlink() for p in raw.glob("**/*.*") if p.is_file()
+                        and p.parent.name not in kinds]
+
+
+def split_files(**classes):
+    def write(raw):
+        for part, kinds in classes.items():
+            (raw / f"{part}classes.txt").write_text("\n".join(kinds) + "\n")
+    return write
+
+
+def break_bird(raw):
+    path = next(raw.glob("**/002.Jay/b_0.jpg"))
+    path.write_bytes(path.read_bytes()[:200])
+
+
+A, J, T, W = BIRDS
+
+
+@pytest.mark.parametrize("mmvae,damage,words", [
+    (0, birds_missing("003.Tern", "b_0.txt"), "1 images without captions, the first is 003.Tern/b"),
+    (0, birds_missing("001.Auk", "b_0.jpg"), "1 captions without image, the first is 001.Auk/b_0"),
+    (0, edit_captions(lambda lines: lines[:-1]), "003.Tern/b_0.txt: 9 captions, not 10"),
+    (0, edit_captions(lambda lines: ["", *lines, "one more"]), "b_0.txt: 11 captions, not 10"),
+    (0, lambda raw: (raw / data_prep.CUB / "images").rename(raw / "img"),
+     "no images; for the MMVAE download, no train, text_trainvalclasses.txt, test, text_testc"),
+    (0, lambda raw: (raw / "text_c10").rename(raw / "text"), "Reed's captions, no text_c10; for"),
+    (0, keep_classes(A, J), "2 classes, none of them for train"),
+    (0, split_files(train=[A], val=[J], test=[T]), "1 classes are in none of them, the first is 0"),
+    (0, split_files(train=[A, J], val=[J, T], test=[W]), "002.Jay is in trainclasses.txt too"),
+    (0, split_files(train=[A, J], val=["099.Owl"], test=[T, W]), "4 classes, none of them for val"),
+    (0, break_bird, "002.Jay/b_0.jpg: cannot be read"),
+    (1, break_bird, "002.Jay/b_0.jpg: cannot be read"),
+    (1, edit_captions(lambda lines: lines[1:], "cub/text_testclasses.txt"),
+     "text_testclasses.txt: 19 captions, not 10 for each of the 2 images"),
+    (1, edit_captions(lambda lines: lines + ["x"], "cub/text_trainvalclasses.txt"),
+     "text_trainvalclasses.txt: 81 captions, not 10 for each of the 8 images"),
+    (1, lambda raw: (raw / "cub" / "test").rename(raw / "t"), "the MMVAE download, no test; --raw"),
+    (1, lambda raw: (raw / "cub" / "text_trainvalclasses.txt").unlink(),
+     "images, text_c10; for the MMVAE download, no text_trainvalclasses.txt; --raw"),
+    (1, lambda raw: (raw / "cub" / "test" / J).rename(raw / "cub" / "test" / T),
+     "class 003.Tern is in")])
+def test_prepare_names_what_is_wrong_with_cub(tmp_path, mmvae, damage, words):
+    """One line on stderr with the place, exit code 2, no output folder."""
+    draw_birds(tmp_path / "raw", mmvae)
+    damage(tmp_path / "raw")
+    result = prepare(tmp_path / "raw", tmp_path / "out", *CUB)
+    message = [line for line in result.stderr.splitlines() if "|" not in line and line.strip()]
+    assert result.returncode == 2 and len(message) == 1 and words in message[0], result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mmvae", [False, True])
+def test_prepare_skips_bad_birds_and_their_captions(tmp_path, mmvae):
+    """Rows after the picture left out still have their own captions and class."""
+    paths = draw_birds(tmp_path / "raw", mmvae)
+    break_bird(tmp_path / "raw")
+    result = prepare(tmp_path / "raw", tmp_path / "out", *CUB, "--skip-bad")
+    image, text, meta, split = prepared_birds(tmp_path / "out")
+    assert result.returncode == 0 and "left out:" in result.stdout and len(meta["skipped"]) == 1
+    assert set(paths) - set(meta["names"]) == {"002.Jay/b_0"}
+    assert len(image) == len(text) == len(meta["names"]) == meta["count"] == 9
+    for row, name in enumerate(meta["names"]):
+        assert np.array_equal(image[row], small_bird(paths[name]))
+        assert text[row] == captions_of(name)
+    assert sorted(sum(meta["split"].values(), [])) == list(range(9))
+    assert sum(map(len, split.values())) == 4 and "002.Jay" in split["test" if mmvae else "train"]
+
+
+@pytest.mark.parametrize("place", [".", data_prep.CUB, "text_c10"])
+@pytest.mark.parametrize("files,want", [
+    ({}, [{A, J}, {T}, {W}]),
+    ({"train": [T, "099.Owl"], "val": [W, A], "test": [J]}, [{T}, {A, W}, {J}]),
+    ({"train": [T], "val": [W], "trainval": [T, W, A], "test": [J, A]}, [{T}, {W}, {A, J}]),
+    ({"trainval": [W, T, J], "test": [A, "099.Owl"]}, [{J, T}, {W}, {A}]),
+    ({"train": [T, W], "trainval": [T, W, J], "test": [A]}, [{J, T}, {W}, {A}])])
+def test_cub_split_files(tmp_path, place, files, want):
+    """The files decide, wherever they lie; without them the made-up split is said aloud."""
+    draw_birds(tmp_path / "raw")
+    split_files(**files)(tmp_path / "raw" / place)
+    result = prepare(tmp_path / "raw", tmp_path / "out", *CUB)
+    meta, split = prepared_birds(tmp_path / "out")[2:]
+    assert list(split.values()) == want and list(split) == ["train", "val", "test"], result.stderr
+    assert meta["official_split"] == bool(files) == ("not the official split" not in result.stdout)
+    assert len(meta["sha256"]) == 2 + len(files)
+
+
+def test_cub_split_sizes_and_default_sizes():
+    """Tenths without split files, a twentieth out of the classes to train on; 64 and 128 pixels."""
+    classes = [f"{k:03d}" for k in range(200)]
+    split = list(data_prep.split_by_files(classes, {}).values())
+    assert split == ["train"] * 160 + ["val"] * 20 + ["test"] * 20
+    assert list(data_prep.carve_val(classes[:150]).values()) == ["train"] * 143 + ["val"] * 7
+    sizes = [data_prep.parse_args(["--raw", "x", "--dataset", n]).size for n in ("celeba", "cub")]
+    assert sizes == [128, 64]
+
+
+def unpack_birds(folder):
+    """The 1,258 real birds of 22 classes."""
+    import tarfile
+    with tarfile.open(Path(REAL) / "cub_mini.tar") as tar:
+        tar.extractall(folder, filter="data")
+
+
+@pytest.mark.skipif(not REAL, reason="DIFFMVAE_REAL_DATA is not set")
+def test_real_birds(tmp_path):
+    """[Sec. 4.1] 1,258 real birds go through at 64x64; each has the captions of its own file."""
+    unpack_birds(tmp_path)
+    assert prepare(tmp_path, tmp_path / "out", *CUB, "--size", "64").returncode == 0
+    image, text, meta, split = prepared_birds(tmp_path / "out")
+    assert image.shape == (1258, 64, 64, 3) and image.std((1, 2, 3)).min() > 5
+    assert [len(kinds) for kinds in split.values()] == [18, 2, 2] and len(meta["classes"]) == 22
+    assert meta["counts"] == {"train": 1020, "val": 119, "test": 119}
+    for row in range(0, 1258, 37):
+        name = meta["names"][row]
+        lines = (tmp_path / "text_c10" / f"{name}.txt").read_text("utf-8").splitlines()
+        assert text[row] == [line.strip() for line in lines]
+        picture = Image.open(tmp_path / data_prep.CUB / "images" / f"{name}.jpg").convert("RGB")
+        picture = picture.resize((64, 64), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(picture).astype(int) - image[row]).mean() < 2
+
+
+@pytest.mark.skipif(not REAL, reason="DIFFMVAE_REAL_DATA is not set")
+def test_real_captions_join(tmp_path):
+    """[Sec. 4.1] block k of the one-file layout is image k: its captions are those joined by name.
+
+    The one-file text is a corrected edition (spelling, final full stops), so 92 % of the captions
+    are equal to the letter, at least 4 of any image; one block further it is 0 or 1 of an image.
+    """
+    unpack_birds(tmp_path)
+    lines = data_prep.read_lines(Path(REAL) / "cub_text_testclasses.txt")
+    names = json.loads((Path(REAL) / "reed_test_filenames_sorted.json").read_text())
+    assert len(lines) == 29_330 == 10 * len(names) and len({name[:3] for name in names}) == 50
+    assert all(line[-1] == "." for line in lines)
+    texts = data_prep.named_files(tmp_path / "text_c10", ".txt")
+    joined = [k for k, name in enumerate(names) if name in texts]
+    equal, shifted = ([sum(a == b for a, b in zip(
+        lines[10 * (k + shift):], data_prep.read_lines(texts[names[k]])))
+        for k in joined] for shift in (0, 1))
+    assert len(joined) == 983 and sum(equal) == 9054 and min(equal) == 4
+    assert sum(e == 10 for e in equal) == 723 and max(shifted) == 1 and sum(shifted) < 50
 
 
 # === §7 Pictures and figures ===
@@ -1057,27 +1722,28 @@ def test_own_input(tmp_path):
     Image.new("RGB", (50, 80), (255, 0, 0)).save(tmp_path / "i.jpg", quality=100)
     blue = Image.fromarray(mask[..., None] * np.array([0, 0, 1], np.uint8) // 7)
     blue.save(tmp_path / "blue.png")
-    assert D.read_given([f"mask={tmp_path}/blue.png"], 16)[1]["mask"][0, 0, :8].all()  # not black
+    config = tiny()
+    assert D.read_given([f"mask={tmp_path}/blue.png"], config)[1]["mask"][0, 0, :8].all()
     names, x = D.read_given(
-        [f"mask={tmp_path}/m.png", f"image={tmp_path}/i.jpg", "attr=Smiling,Bald"], 16)
+        [f"mask={tmp_path}/m.png", f"image={tmp_path}/i.jpg", "attr=Smiling,Bald"], config)
     assert names == ["mask", "image", "attr"]
     mask, (red, green, _) = x["mask"][0, 0], x["image"][0]
     assert mask.shape == (16, 16) and mask[:8].all() and not mask[8:].any()
     assert red.shape == (16, 16) and red.min() > 0.95 and green.max() < -0.95
-    assert D.words(x["attr"][0]) == ["Bald", "Smiling"]
-    assert D.read_given(["mask", "attr"], 16) == (["mask", "attr"], None)
-    assert D.words(D.read_given(["attr="], 16)[1]["attr"][0]) == []
+    assert D.in_words("attr", x["attr"], config) == [["Bald", "Smiling"]]
+    assert D.read_given(["mask", "attr"], config) == (["mask", "attr"], None)
+    assert not D.read_given(["attr="], config)[1]["attr"].any()
 
 
 def test_grid_and_its_record(tmp_path, faces):
     """The PNG shows what was given and made; the JSON beside it writes the attributes out."""
     run, data = start(tmp_path)
     path = tmp_path / "samples" / "x.png"
-    D.sample_pictures(run.ema, data, path, ["mask", "attr"], 3, "ddim", 2, 0)
+    D.sample_pictures(run.ema, data, path, ["mask", "attr"], 3, 0, dict(sampler="ddim", steps=2))
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["given"] == ["mask", "attr"] and len(record["rows"]) == 3
     rows = data.split["test"][:3]
-    want = [D.words(attr) for attr in data.rows(rows)["attr"]]
+    want = D.in_words("attr", data.rows(rows)["attr"], run.config)
     assert [row["given: attr"] for row in record["rows"]] == want
     grid = np.asarray(Image.open(path))
     assert grid.shape[0] == 44 + 3 * 134
@@ -1086,19 +1752,92 @@ def test_grid_and_its_record(tmp_path, faces):
     assert np.array_equal(given, want)
 
 
-def test_evaluation_is_reproducible(tmp_path, monkeypatch):
+def test_evaluation_of_a_perfect_writer(tmp_path):
+    """Captions that are the items' first ones: F1 1 from the image on toys, where they say all;
+    the truth of an item is what all its ten captions say."""
+    run, data = start(tmp_path, dataset="cub")
+    rows = data.split["test"][:8]
+    x = data.rows(rows)
+    run.ema.decoders["text"].sample = lambda z, *_, **__: x["text"][:len(z), 1]
+    judge = D.Judge(16, len(data.vocabulary)).eval()
+    figures = D.evaluate(run.ema, judge, data, 8, 0, dict(sampler="ddim", steps=1))
+    assert figures["image -> text: F1"] == 1.0
+    assert figures["one true caption against all ten: F1"] == 1.0
+    data.captions = [[f"{text.split()[-1]} it has {k} wings." for k in ("red", "blue") * 5]
+                     for (text, *_) in data.captions]
+    truth = D.what_is_true(data, rows, x)["text"]
+    names = [{w for w, bit in zip(data.vocabulary, row) if bit} for row in truth]
+    assert all(one == {"red wings", "blue wings"} for one in names)
+    assert 0 < figures["text -> image: judged text F1"] < 0.9 and "attr" not in str(figures)
+
+
+@pytest.mark.parametrize("dataset,figure", [("celeba", "attr -> image: judged attr F1"),
+                                            ("cub", "text -> image: judged text F1")])
+def test_evaluation_is_reproducible(tmp_path, monkeypatch, dataset, figure):
     """--eval twice with one seed gives the same digits; the judge is trained once and cached."""
-    run, data = start(tmp_path)
+    run, data = start(tmp_path, dataset=dataset)
     trained = []
     original = D.train_judge
     monkeypatch.setattr(D, "train_judge",
                         lambda data, seed: trained.append(1) or original(data, seed, 4, 8))
-    monkeypatch.setattr(D, "JUDGE_FACES", 64)
-    results = [D.evaluate(run.ema, D.get_judge(tmp_path / "judge.pt", data), data, 8, "ddim", 2, 0)
-               for _ in range(2)]
+    monkeypatch.setattr(D, "JUDGE_TOYS", 64)
+    results = [D.evaluate(run.ema, D.get_judge(tmp_path / "judge.pt", data), data, 8, 0,
+                          dict(sampler="ddim", steps=2)) for _ in range(2)]
     assert results[0] == results[1] and len(trained) == 1
     assert all(math.isfinite(v) for v in results[0].values())
-    assert results[0]["items"] == 8 and "attr -> image: judged attr F1" in results[0]
+    assert results[0]["items"] == 8 and figure in results[0]
+
+
+def test_what_a_caption_says(birds):
+    """Toys by facts, each adjective with its noun; real captions by their frequent words."""
+    data = toy("cub", 16)
+    said = data.said(["the bird is tiny and red with a blue breast, wings that are green and a "
+                      "long black bill.", "a pointed crest."])
+    facts = [{f for f, bit in zip(data.vocabulary, row) if bit} for row in said]
+    assert facts == [{"small bird", "red bird", "blue belly", "green wings", "long beak",
+                      "black beak"}, {"pointed crown"}]
+    x = {"image": np.zeros((3, 8, 8, 3), np.uint8), "text": [
+        ["A red bird with red wings."] * 10, ["the bird is Blue"] * 10, ["green and odd"] * 10]}
+    data = D.Data(x, {"train": [0, 1], "test": [2]}, False, torch.device("cpu"))
+    assert data.vocabulary == ("blue", "red", "wings")
+    assert data.said(["Blue wings, blue!", "green"]).tolist() == [[1, 0, 1], [0, 0, 0]]
+
+
+def test_every_toy_caption_is_true():
+    """Ten different captions a bird, all true; eight of them name everything that is drawn."""
+    for k, ten in enumerate(data_prep.toy_birds(100, 8)["text"]):
+        bird = data_prep.draw_choices(np.random.default_rng((0, k)))
+        drawn = {f"{bird[name]} {noun}" for name, noun in zip(bird, (
+            "bird", "bird", "wings", "head", "belly", "beak", "beak", "crown")) if bird[name]}
+        stated = [data_prep.facts_of(text) for text in ten]
+        assert all(one == drawn for one in stated[:8]) and all(one < drawn for one in stated[8:])
+        assert len(set(ten)) == len(ten) == 10
+
+
+@pytest.mark.parametrize("name,values", data_prep.BIRD_CHOICES.items())
+def test_toy_bird_words_are_visible(name, values):
+    """Changing one word, and nothing else, changes the picture."""
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        bird = data_prep.draw_choices(rng)
+        seed = int(rng.integers(1000))
+        images = [data_prep.draw_bird({**bird, name: value}, np.random.default_rng(seed))
+                  for value in values]
+        changed = (images[0].astype(int) != images[1]).any(-1).sum()
+        assert changed >= 3, (name, changed)
+
+
+def test_captions_are_drawn_under_the_pictures(tmp_path):
+    """Birds: one column for the test item, one for what is made, each with its caption below."""
+    run, data = start(tmp_path, dataset="cub")
+    path = tmp_path / "samples" / "x.png"
+    D.sample_pictures(run.ema, data, path, ["text"], 2, 0, dict(sampler="ddim", steps=2))
+    record = json.loads(path.with_suffix(".json").read_text())
+    rows = data.split["test"][:2]
+    assert [row["given: text"] for row in record["rows"]] == [data.captions[r][0] for r in rows]
+    grid = np.asarray(Image.open(path))
+    assert grid.shape == (44 + 2 * 218, 72 + 2 * 174, 3)
+    assert (grid[44 + 146:44 + 212, 72:72 + 168] < 128).sum() > 100  # the caption below the first
 
 
 # === §8 The command line ===
@@ -1114,13 +1853,13 @@ def trained(tmp_path_factory):
 
 
 SHORT = "import sys, diffmvae as D; D.TOY_COUNTS = dict(train=64, val=8, test=8); " \
-        "D.JUDGE_FACES = 64; D.train_judge.__defaults__ = (4, 8); sys.exit(D.main(sys.argv[1:]))"
+        "D.JUDGE_TOYS = 64; D.train_judge.__defaults__ = (4, 8); sys.exit(D.main(sys.argv[1:]))"
 PATHS = {**os.environ, "PYTHONPATH": str(HERE)}
 
 
-def command(folder, flags):
-    """Run diffmvae.py in `folder`, with fewer toy faces and a short training of the judge."""
-    return subprocess.run([sys.executable, "-c", SHORT, "--dataset", "celeba", *shlex.split(flags)],
+def command(folder, flags, dataset="celeba"):
+    """Run diffmvae.py in `folder`, with fewer toys and a short training of the judge."""
+    return subprocess.run([sys.executable, "-c", SHORT, "--dataset", dataset, *shlex.split(flags)],
                           cwd=folder, capture_output=True, text=True, env=PATHS)
 
 
@@ -1152,6 +1891,63 @@ def test_command_sample(trained, flags, file):
     assert result.returncode == 0, result.stderr
     record = json.loads((folder / "runs/celeba-toy/samples" / f"{file}.json").read_text())
     assert len(record["rows"]) == 2
+
+
+def test_command_birds(tmp_path):
+    """The same commands for CUB: train, every --given, no given, captions greedy and not,
+    --eval, --resume; then what is wrong with a caption."""
+    length = "--train --steps 3 --aux-steps 2 --batch-size 8"
+    result = command(tmp_path, f"{length} --sample cond --given text --num 2 --sampler-steps 2 "
+                     "--eval --eval-num 8", "cub")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "cub-toy"
+    assert "TOY BIRDS" in result.stdout and (run / "samples/given-text-seed0.png").exists()
+    rows = [json.loads(line) for line in open(run / "log.jsonl")]
+    assert {"image", "text", "kl", "total"} <= set(rows[0])
+    assert any({"gap", "text nll", "text gap", "text->image", "image->text"} <= set(row)
+               for row in rows)
+    figures = json.loads((run / "eval.json").read_text())
+    assert {"image -> text: F1", "text -> image: judged text F1", "text NLL, shuffled z"} \
+        <= set(figures) and figures["top_p"] == 0
+    before = weights(run)
+    assert command(tmp_path, length + " --resume", "cub").returncode == 0
+    assert all(torch.equal(v, before[k]) for k, v in weights(run).items())
+    captions = {}
+    for flags, stem in [("cond --given image", "given-image"), ("uncond", "uncond-aux"),
+                        ("uncond --top-p 0.9", "uncond-aux-top0.9"),
+                        ("cond --given 'text=A small red bird, with a yellow beak!'",
+                         "given-text-own")]:
+        result = command(tmp_path, f"--sample {flags} --num 2 --sampler-steps 2", "cub")
+        assert result.returncode == 0, result.stderr
+        record = json.loads((run / f"samples/{stem}-seed0.json").read_text())
+        captions[flags] = [row["generated: text"] for row in record["rows"]]
+        assert len(captions[flags]) == 2
+    assert captions["uncond"] != captions["uncond --top-p 0.9"]
+    again = json.loads((run / "samples/uncond-aux-top0.9-seed0.json").read_text())
+    assert "top-p 0.9" in again["title"]
+    assert record["rows"][0]["given: text"] == "A small red bird, with a yellow beak!"
+    for given, words in (("text=" + "red " * 40, "longer than the 30 tokens"),
+                         ("'text=. !'", "no words"), ("mask", "choose from image, text")):
+        given = f"'{given}'" if " " in given and given[0] != "'" else given
+        result = command(tmp_path, f"--sample cond --given {given}", "cub")
+        assert result.returncode == 2 and words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_command_text_init(tmp_path):
+    """--text-init: sizes, tokenizers and weights of an Optimus folder, for birds only."""
+    draw_optimus(tmp_path / "optimus")
+    flags = "--train --steps 2 --aux-steps 1 --batch-size 4 --text-init optimus"
+    result = command(tmp_path, flags + " --sample cond --given text='a red bird' --num 1 "
+                     "--sampler-steps 2", "cub")
+    assert result.returncode == 0 and "missing: 0" in result.stdout, result.stderr
+    config = D.load(tmp_path / "runs/cub-toy/checkpoint.pt").config
+    assert (config.text_width, config.text_layers) == (32, 2) and config.special[0] == 300
+    assert command(tmp_path, flags + " --resume", "cub").returncode == 0
+    result = command(tmp_path, "--dry-run --batch-size 2 --text-init optimus", "cub")
+    assert result.returncode == 0 and "text decoder from" in result.stdout
+    result = command(tmp_path, "--dry-run --text-init nowhere", "cub")
+    assert result.returncode == 2 and "needs one folder" in result.stderr
 
 
 def test_command_resume_and_overwrite(trained):
@@ -1259,6 +2055,22 @@ def test_command_on_prepared_data(tmp_path):
     assert result.returncode == 2 and "split test has 0 rows" in result.stderr
 
 
+def test_command_on_prepared_birds(tmp_path):
+    """Raw birds to arrays to training, pictures and figures; faces are not taken for birds."""
+    draw_birds(tmp_path / "raw")
+    assert prepare(tmp_path / "raw", tmp_path / "data" / "cub", *CUB).returncode == 0
+    result = command(tmp_path, "--preset small --train --steps 2 --aux-steps 1 --batch-size 4 "
+                     "--sample cond --given text --num 2 --sampler-steps 2 --eval --eval-num 3",
+                     "cub")
+    assert result.returncode == 0 and "TOY" not in result.stdout, result.stderr
+    record = json.loads((tmp_path / "runs/cub/samples/given-text-seed0.json").read_text())
+    assert {row["given: text"] for row in record["rows"]} == {
+        f"004.Wren/{name}, it's n\u00ba 0" for name in ("b_0", "bb_1")}
+    assert json.loads((tmp_path / "runs/cub/eval.json").read_text())["items"] == 2
+    result = command(tmp_path, "--dry-run --data data/cub")
+    assert result.returncode == 2 and "prepared with --dataset cub" in result.stderr
+
+
 @pytest.mark.parametrize("flags,words", [
     ("", "nothing to do"), ("--sample cond", "belong together"),
     ("--sample uncond --given mask", "belong together"),
@@ -1275,6 +2087,8 @@ def test_command_on_prepared_data(tmp_path):
     ("--resume --sample uncond", "need --train"), ("--train --resume", "no checkpoint to resume"),
     ("--eval --eval-num 1", "at least 2"), ("--train --resume --overwrite", "exclude each other"),
     ("--sample uncond --beta 1", "keeps its own"), ("--sample uncond --num 0", "not above zero"),
+    ("--sample uncond --top-p 2", "not between 0 and 1"),
+    ("--train --text-init here", "only the cub setup has text"),
     ("--train --device nowhere", "nowhere"), ("--sample uncond --sampler heun", "invalid choice")])
 def test_command_bad_input(tmp_path, flags, words):
     """One line that says what is wrong, exit code 2, no traceback, nothing written."""
