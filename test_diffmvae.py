@@ -842,6 +842,7 @@ def test_optimus_checkpoint_gives_optimus_logits(tmp_path, capsys):
     assert torch.allclose(net.nll(z, text), want, atol=1e-4)
     words = D.captions_of(text[:, 1], model.config)
     assert words[0] == "this small bird has red wings."
+    assert D.in_bits(toy("cub", 16), model.config, "text", text).sum(1).tolist() == [2, 3]
 
 
 def test_optimus_reads_case_and_a_first_space(tmp_path):
@@ -987,6 +988,14 @@ def test_caption_nll_counts_the_caption_and_its_end_only(birds):
     mu, _ = model.encoders["text"](text)
     alone = [model.encoders["text"](text[k:k + 1, :, :length[k]])[0] for k in range(16)]
     assert torch.allclose(mu, torch.cat(alone), atol=1e-5)
+
+
+def test_caption_term_has_its_weight(birds):
+    """[Eq. 5] for birds: image + text_weight * text + beta * KL."""
+    terms = model_of(tiny("cub", text_weight=7.0, beta=0.3)).neg_elbo(birds)
+    assert list(terms) == ["image", "text", "kl", "total"]
+    want = terms["image"] + 7 * terms["text"] + 0.3 * terms["kl"]
+    assert torch.allclose(terms["total"], want)
 
 
 def test_small_tokenizer_round_trip():
@@ -1943,7 +1952,8 @@ def test_command_text_init(tmp_path):
     assert result.returncode == 0 and "missing: 0" in result.stdout, result.stderr
     config = D.load(tmp_path / "runs/cub-toy/checkpoint.pt").config
     assert (config.text_width, config.text_layers) == (32, 2) and config.special[0] == 300
-    assert command(tmp_path, flags + " --resume", "cub").returncode == 0
+    flags = flags.replace("--text-init optimus", "--resume")     # the checkpoint has it all
+    assert command(tmp_path, flags, "cub").returncode == 0
     result = command(tmp_path, "--dry-run --batch-size 2 --text-init optimus", "cub")
     assert result.returncode == 0 and "text decoder from" in result.stdout
     result = command(tmp_path, "--dry-run --text-init nowhere", "cub")
