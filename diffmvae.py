@@ -12,7 +12,7 @@ Objective, minimised, in nats, sums over dimensions, mean over the batch [Eq. 5]
     A is a uniformly drawn subset of the modalities, q(z|x_A) the product of its experts. The
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
     It is a bound for lambda = g^2 and beta = 1; our defaults are lambda = 1 after a warm-up,
-    beta = 0.1 and 20 times the attribute term, 10 times the caption term of the small preset
+    beta = 0.1, 20 times the attribute term and, in the small preset, 20 times the caption term
     (README, "Choices the paper leaves open").
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
@@ -744,7 +744,7 @@ def nucleus(logits, top_p, normal):
     before = p.cumsum(1) - p                                     # mass of the more probable ones
     p = p.masked_fill(before >= top_p, 0.0)
     u = torch.special.ndtr(normal) * p.sum(1)                    # (B,) uniform in [0, mass]
-    pick = (p.cumsum(1) <= u.unsqueeze(1)).sum(1).clamp(max=p.shape[1] - 1)
+    pick = (p.cumsum(1) <= u.unsqueeze(1)).sum(1)                # (B,)
     pick = torch.minimum(pick, (p > 0).sum(1) - 1)               # u = mass, by rounding
     return order.gather(1, pick.unsqueeze(1)).squeeze(1)         # (B,)
 
@@ -794,7 +794,7 @@ class UNetBlock(nn.Module):
         y = self.norm2(self.conv1(F.silu(self.norm1(h))))
         for layer, condition in ((self.time, emb), (self.z, z)):
             if layer is not None:
-                scale, shift = per_sample_channel(layer(condition), h).chunk(2, 1)
+                scale, shift = per_sample_channel(layer(condition), h).chunk(2, 1)  # (B, C, 1..)
                 y = y * (1 + scale) + shift
         y = self.conv2(self.dropout(F.silu(y)))
         return self.attention(self.skip(h) + y)

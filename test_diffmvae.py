@@ -1943,6 +1943,19 @@ def test_command_birds(tmp_path):
         assert len(result.stderr.splitlines()) == 1
 
 
+def test_readme_code_runs(trained):
+    """The README's Python, as it stands, on short trainings of both setups."""
+    folder, _ = trained
+    result = command(folder, "--train --steps 1 --aux-steps 1 --batch-size 8", "cub")
+    assert result.returncode == 0, result.stderr
+    blocks = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        result = subprocess.run([sys.executable, "-c", SHORT.split("sys.exit")[0] + "\n" + block],
+                                cwd=folder, capture_output=True, text=True, env=PATHS)
+        assert result.returncode == 0, result.stderr
+
+
 def test_command_text_init(tmp_path):
     """--text-init: sizes, tokenizers and weights of an Optimus folder, for birds only."""
     draw_optimus(tmp_path / "optimus")
