@@ -118,6 +118,7 @@ class Config:
     tokenizers: tuple = ()          # as JSON
     # Objective, Eq. 5
     decoder: str = "diffusion"      # or "feedforward": Eq. 5 becomes Eq. 4
+    objective: str = "mopoe"        # Eq. 5, over all subsets; or "mvtcae", a baseline of the paper
     weighting: str = "simple"       # lambda(t) = 1 (Diff-MVAE*); "likelihood": g^2 (Diff-MVAE)
     warmup: float = 0.4             # share of the steps with weight 1/alpha^2 first; 0: off
     beta: float = 0.1               # weight of the KL term; the paper's is unknown
@@ -167,6 +168,12 @@ PRESETS = {"celeba": {"paper": {}, "small": SMALL},
 def kl_to_standard_normal(mu, logvar):
     """KL(N(mu, diag exp(logvar)) || N(0, I)) in nats: (B, Z), (B, Z) -> (B,), dims summed."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
+
+
+def kl_between(mu, logvar, other_mu, other_logvar):
+    """KL(N(mu, exp(logvar)) || N(other_mu, exp(other_logvar))) in nats: (..., Z) -> (...)."""
+    ratio = (logvar - other_logvar).exp() + (mu - other_mu).square() * torch.exp(-other_logvar)
+    return 0.5 * (ratio - 1 + other_logvar - logvar).sum(-1)
 
 
 def product_of_experts(mu, logvar, subset):
@@ -448,10 +455,10 @@ class DiffMVAE(nn.Module):
                               for a, b in zip((mu, logvar), pair))
         return self.fuse(mu, logvar, subset)
 
-    def decode(self, z, noise, **options):
-        """z -> every modality through its own decoder; options: sampler, steps, top_p."""
-        return {name: decoder.sample(z, noise, **options) for name, decoder in
-                self.decoders.items()}
+    def decode(self, z, noise, names=None, **options):
+        """z -> the named modalities, by default all; options: sampler, steps, top_p."""
+        return {name: self.decoders[name].sample(z, noise, **options)
+                for name in names or self.config.modalities}
 
     @torch.no_grad()
     def sample_conditional(self, given, n=1, generator=None, **options):
@@ -460,7 +467,7 @@ class DiffMVAE(nn.Module):
         z ~ q(z|x_o), then each decoder. The n results of an item follow one another; the given
         modalities come back decoded from z like the rest. Text comes as the decoder's token
         numbers (B * n, L), for captions_of. options: sampler="ddim", steps=50 for images and the
-        auxiliary model, top_p=0.0 for text.
+        auxiliary model, top_p=0.0 for text, names=[...] to decode only these.
         """
         mu, logvar = (a.repeat_interleave(n, 0) for a in self.posterior(given))  # (B * n, Z)
         noise = Noise(len(mu), generator, mu.device)
@@ -1244,12 +1251,35 @@ def load(checkpoint_path, device="cpu"):
     return model.eval()
 
 
+MVTCAE_ALPHA = 0.9  # as in SBM-VAE's code, paper [42]; the alpha of the paper's [11]
+
+
+def neg_mvtcae(model, x):
+    """The objective of MVTCAE, a baseline (paper [11]), minimised: -> dict of (B,) like neg_elbo.
+
+    (M - a)/M sum_i -log p(x_i|z) + beta (a/M sum_i KL(q || q_i) + (1 - a) KL(q || N(0, I))), where
+    q is the product of all M experts q_i, from which z is drawn, and a = MVTCAE_ALPHA.
+    """
+    names, share = model.config.modalities, MVTCAE_ALPHA / len(model.config.modalities)
+    mu, logvar = model.encode(x)                                 # (B, M, Z)
+    joint = product_of_experts(mu, logvar, torch.ones_like(mu[..., 0], dtype=torch.bool))
+    z = gaussian_sample(*joint)                                  # (B, Z)
+    terms = {name: model.decoders[name].nll(z, x[name]) for name in names}
+    to_experts = kl_between(*(a.unsqueeze(1) for a in joint), mu, logvar).sum(1)  # (B,)
+    terms["kl"] = share * to_experts + (1 - MVTCAE_ALPHA) * kl_to_standard_normal(*joint)
+    terms["total"] = ((1 - share) * sum(model.weights[name] * terms[name] for name in names)
+                      + model.config.beta * terms["kl"])
+    return terms
+
+
 def stage1_loss(model, data, config, step):
-    """One batch through Eq. 5; during the warm-up the diffusion term has weight 1/alpha^2."""
+    """One batch through Eq. 5, or through MVTCAE's objective; during the warm-up the diffusion
+    term has weight 1/alpha^2."""
     if config.decoder == "diffusion":
         warm = step < config.warmup * config.steps
         model.decoders["image"].weighting = "v" if warm else config.weighting
-    return model.neg_elbo(data.batch(config.batch_size, config.seed, step))
+    x = data.batch(config.batch_size, config.seed, step)
+    return model.neg_elbo(x) if config.objective == "mopoe" else neg_mvtcae(model, x)
 
 
 @torch.no_grad()
@@ -1720,14 +1750,113 @@ def get_judge(path, data):
 
 
 def frechet_distance(a, b):
-    """Between Gaussians fitted to features (N, D) and (M, D): |mu_a - mu_b|^2 + tr(C_a + C_b
-    - 2 (C_a C_b)^1/2). The trace of the root is the sum of the roots of C_a C_b's eigenvalues.
+    """Between Gaussians fitted to features (N, D) and (M, D) [8]: |mu_a - mu_b|^2 + tr(C_a + C_b
+    - 2 (C_a C_b)^1/2). That root has the trace of (R C_b R)^1/2, where R R = C_a.
     """
     a, b = a.cpu().double(), b.cpu().double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                # (D, D)
-    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T      # (D, D) R
+    roots = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt()
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace()
             - 2 * roots.sum()).item()
+
+
+def eight_bits(image):
+    """[-1, 1] -> {0, ..., 255} as uint8, as a picture file would hold it."""
+    return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_inception(path, device):
+    """The network that FID is defined with, from pt_inception-2015-12-05-6726825d.pth of the
+    pytorch-fid project: -> function of images (B, 3, H, W) in [-1, 1] -> features (B, 2048).
+
+    It is torchvision's Inception v3 but for the pooling inside nine blocks: means leave out the
+    padding, and the last block takes the largest value instead of the mean.
+    """
+    from torchvision.models import Inception3  # here, as importing it takes seconds
+    net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises many kinds on damaged files
+        raise UserError(f"--inception {path}: not pytorch-fid's weights of Inception v3, or "
+                        f"damaged ({type(error).__name__})") from None
+    net.fc = nn.Identity()
+    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
+        repool(getattr(net, f"Mixed_{name}"), largest=name == "7c")
+    net = net.to(device).eval()
+
+    def features(image):
+        x = F.interpolate(eight_bits(image).float() / 255, size=(299, 299), mode="bilinear")
+        return net(2 * x - 1)
+
+    def in_batches(image):
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            return torch.cat([features(part) for part in image.split(50)])
+    return in_batches
+
+
+def repool(block, largest):
+    """Feed the block's pooling branch with another 3x3 pooling of the block's input."""
+    seen = []
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block.branch_pool.register_forward_pre_hook(lambda _, __: (
+        F.max_pool2d(seen.pop(), 3, 1, 1) if largest else
+        F.avg_pool2d(seen.pop(), 3, 1, 1, count_include_pad=False)))
+
+
+def load_clip(name, device):
+    """A CLIP model and its processor, from a folder or the Hugging Face hub."""
+    from transformers import CLIPModel, CLIPProcessor
+    try:
+        net = CLIPModel.from_pretrained(name).to(device).eval()
+        return net, CLIPProcessor.from_pretrained(name)
+    except Exception as error:  # damaged files, no network, a folder of something else
+        raise UserError(f"--clip {name}: no CLIP model ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0]})") from None
+
+
+@torch.no_grad()
+def clip_score(clip, image, captions):
+    """100 max(cos, 0) between the embeddings of pictures (B, 3, H, W) and B captions: -> (B,).
+    The definition of paper [7] with the factor 100, as the paper's Table 2 seems to have."""
+    net, processor = clip
+    batch = processor(text=captions, images=list(eight_bits(image)), return_tensors="pt",
+                      padding=True, truncation=True).to(image.device)
+    with torch.autocast(image.device.type, enabled=False):
+        out = net(**batch)
+    return 100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0)
+
+
+def eight_bit_nll(x, mean, std):
+    """-log P of 8-bit values x in [-1, 1] under N(mean, std^2) cut into 256 bins, the outer ones
+    open: (B, ...) -> (B,) nats, dims summed."""
+    x, mean = x.double(), mean.double()
+    low = ((x - 1 / 255 - mean) / std).masked_fill(x < -1 + 1 / 255, -math.inf)
+    high = ((x + 1 / 255 - mean) / std).masked_fill(x > 1 - 1 / 255, math.inf)
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)  # the same mass
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return -(log_high + torch.log1p(-torch.exp(log_low - log_high))).flatten(1).sum(1)
+
+
+def image_bound(decoder, z, x, draws=4):
+    """-log P(8-bit image | z), of a diffusion decoder its upper bound: -> (B,) nats.
+
+    [Eq. 2] plus the two ends that the loss leaves out because they have no parameters:
+    KL(q(x_1|x_0) || N(0, I)), and the last step from t_min to the 256 values.
+    """
+    if isinstance(decoder, GaussianDecoder):
+        return eight_bit_nll(x, decoder.net(z), math.sqrt(0.5))
+    sde, eps_net = decoder.sde, lambda x_t, t: decoder.eps(x_t, t, z)
+    one, t = torch.ones(len(x), device=x.device), torch.full((len(x),), sde.t_min, device=x.device)
+    mu = (per_sample(sde.alpha(one), x) * x).flatten(1)          # (B, D)
+    prior = kl_to_standard_normal(mu, 2 * sde.sigma(one).log().unsqueeze(1).expand_as(mu))
+    score = sum(sde.loss(eps_net, x, "likelihood") for _ in range(draws)) / draws  # [Eq. 2]
+    alpha, sigma = per_sample(sde.alpha(t), x), per_sample(sde.sigma(t), x)
+    eps = torch.randn_like(x)
+    error = eps - eps_net(alpha * x + sigma * eps, t)            # x_0_hat = x + sigma / alpha error
+    last = eight_bit_nll(x, x + sigma / alpha * error, (sigma / alpha).double())
+    return prior + score + last
 
 
 def background(image):
@@ -1748,74 +1877,195 @@ def read_images(judge, image):
         name: (torch.cat([part[name] for part in logits]) > 0).float() for name in logits[0]}
 
 
-def in_parts(sample, n, seed):
-    """sample(start, stop, generator) for n items, 250 at a time: -> dict of all modalities."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [sample(k, min(k + 250, n), generator)
-             for k in tqdm(range(0, n, 250), leave=False)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+# What the paper reports (Tables 1 to 3) for the models that can be trained here
+PAPER = {
+    "celeba": {
+        "figures": ("attr from image + mask: F1", "attr from image: F1",
+                    "image from mask + attr: FID", "image from mask: FID", "image from attr: FID",
+                    "image from nothing: FID", "mask from image + attr: F1", "mask from image: F1"),
+        "Diff-MVAE": (0.76, 0.75, 42.3, 41.9, 45.1, 43.5, 0.90, 0.90),
+        "Diff-MVAE*": (0.76, 0.76, 28.3, 28.5, 32.3, 28.4, 0.90, 0.90),
+        "MoPoE*": (0.74, 0.75, 104.8, 105.8, 182.3, 139.8, 0.90, 0.90),
+        "MoPoE": (0.68, 0.71, 114.9, 101.1, 186.7, 164.8, 0.85, 0.92),
+        "MVTCAE": (0.71, 0.69, 94.0, 84.2, 87.2, 162.2, 0.89, 0.89)},
+    "cub": {
+        "figures": ("image from text: FID", "image from nothing: FID", "text from image: CLIP",
+                    "image from text: CLIP", "image and text from nothing: CLIP"),
+        "Diff-MVAE": (57.4, 70.4, 27.7, 28.8, 28.23),
+        "Diff-MVAE*": (35.5, 37.5, 28.1, 28.52, 28.12),
+        "MoPoE": (290.6, 199.6, 26.8, 22.0, 24.8),
+        "MVTCAE": (176.3, 168.9, 27.1, 26.6, 28.08)}}
+PAPER_SUPERVISED = {"Supervised, attr from image: F1": 0.79,
+                    "Supervised, mask from image: F1": 0.94}
 
 
-def text_figures(model, x, seed):
-    """-log p(caption|z), nats a caption, with z from the full posterior and from another item's."""
-    torch.manual_seed(seed)
-    z = torch.cat([gaussian_sample(*model.posterior({n: a[k:k + 250] for n, a in x.items()}))
-                   for k in range(0, len(x["text"]), 250)])
-    right, wrong = (torch.cat([model.decoders["text"].nll(z_part, text) for z_part, text in
-                               zip(which.split(250), x["text"].split(250))]).mean().item()
-                    for which in (z, z.roll(1, 0)))
-    return {"text NLL, right z": right, "text NLL, shuffled z": wrong,
-            "text NLL, right below shuffled by": 1 - right / wrong}
+def model_name(config):
+    """Which row of the paper's tables a configuration is."""
+    if config.decoder == "diffusion":
+        name = "Diff-MVAE*" if config.weighting == "simple" else "Diff-MVAE"
+        return name if config.objective == "mopoe" else f"{name} with MVTCAE's objective"
+    if config.objective == "mvtcae":
+        return "MVTCAE"
+    return "MoPoE" if config.prior_expert else "MoPoE*"
 
 
-def what_is_true(data, rows, x):
-    """The test items' masks and attributes, or all that the ten captions of each say."""
-    if "text" not in x:
-        return x
-    return {"text": torch.stack([data.said(data.captions[row]).amax(0) for row in rows])}
+class Evaluation:
+    """A model against the first `num` test items of its data.
 
-
-@torch.no_grad()
-def evaluate(model, judge, data, num, seed, options):
-    """Coherence and image distance on `num` test items: -> dict of floats.
-
-    "A -> B" is B generated from A alone; generated images are read by the judge. "FD" is the
-    Fréchet distance of the judge's features between generated and real test images: not FID.
-    Text counts by the words of data.vocabulary: a generated caption against all that the ten
-    captions of the item say, an image against the one caption it was generated from. A real
-    caption says but a part: "one true caption against all ten" is what can be reached.
-    options: those of DiffMVAE.decode.
+    inception: of load_inception, for FID; clip: of load_clip. Always there: FD-judge, the Fréchet
+    distance of the judge's features, which is not FID.
     """
-    rows, config = data.split["test"][:num], model.config
-    x, (_, *others), n = data.rows(rows), config.modalities, len(rows)
-    bits = lambda name, value: in_bits(data, config, name, value)
-    f1 = lambda pred, target: f1_samples(pred, target).mean().item()
-    truth, given = what_is_true(data, rows, x), {b: bits(b, x[b]) for b in others}
-    real, read = read_images(judge, x["image"])
-    out = {"items": n}
-    out.update({f"judge on real images: {b} F1": f1(read[b], truth[b]) for b in others})
-    for name in config.modalities:
-        made = in_parts(lambda a, b, generator: model.sample_conditional(
-            {name: x[name][a:b]}, generator=generator, **options), n, seed)
-        features, read = read_images(judge, made["image"])
-        if name == "image":
-            out.update({f"image -> {b}: F1": f1(bits(b, made[b]), truth[b]) for b in others})
-            out["image -> image: corner correlation"] = correlation(
-                background(made["image"]), background(x["image"]))
-        else:
-            out[f"{name} -> image: judged {name} F1"] = f1(read[name], given[name])
-        out[f"{name} -> image: FD-judge"] = frechet_distance(features, real)
-    if "text" in x:
-        out["one true caption against all ten: F1"] = f1(given["text"], truth["text"])
-        out.update(text_figures(model, x, seed))
-    for prior in ("aux", "gaussian"):
-        made = in_parts(lambda a, b, generator: model.sample_unconditional(
-            b - a, prior, generator, **options), n, seed)
-        features, read = read_images(judge, made["image"])
-        out.update({f"nothing ({prior}): judged {b} F1": f1(read[b], bits(b, made[b]))
-                    for b in others[::-1]})
-        out[f"nothing ({prior}): FD-judge"] = frechet_distance(features, real)
-    return {name: round(value, 4) for name, value in out.items()}
+
+    def __init__(self, model, data, judge, num, inception=None, clip=None):
+        self.model, self.judge, self.clip, self.data = model, judge, clip, data
+        rows = data.split["test"][:num]
+        self.x = data.rows(rows)
+        self.given = {n: self.bits(n, self.x[n]) for n in model.config.modalities[1:]}
+        self.true = dict(self.given)
+        if data.captions:  # all that the ten captions of each say
+            self.true["text"] = torch.stack([data.said(data.captions[r]).amax(0) for r in rows])
+        self.features = {"FD-judge": lambda image: read_images(judge, image)[0]}
+        if inception:
+            self.features["FID"] = inception
+        with torch.no_grad(), autocast(data.device):
+            self.real = {name: f(self.x["image"]) for name, f in self.features.items()}
+
+    def bits(self, name, value):
+        return in_bits(self.data, self.model.config, name, value)
+
+    def supervised(self):
+        """The judge's own row of Table 3: what can be read off real images, and with captions
+        what one true caption scores against all ten."""
+        read = read_images(self.judge, self.x["image"])[1]
+        out = {f"Supervised, {n} from image: F1": mean_f1(read[n], self.true[n]) for n in read}
+        if "text" in self.x:
+            out["one true caption against all ten: F1"] = mean_f1(*(
+                a["text"] for a in (self.given, self.true)))
+        return out
+
+    @torch.no_grad()
+    def run(self, repeats, seed, options):
+        """-> {figure: {"mean", "std", "paper"}} over that many repeats, with seeds from `seed`.
+        std is None for one repeat; mean is None for what the paper has and was not measured here.
+        options: those of DiffMVAE.decode."""
+        n, m = len(self.x["image"]), len(self.model.config.modalities)
+        table = PAPER[self.model.config.dataset.removesuffix("-toy")]
+        paper = dict(zip(table["figures"], table.get(model_name(self.model.config), ())))
+        with autocast(self.data.device), tqdm(
+                total=repeats * 2 ** m * math.ceil(n / 100), desc="eval") as bar:
+            fixed = self.supervised()
+            drawn = [self.repeat(seed + k, options, bar) for k in range(repeats)]
+        paper.update({name: PAPER_SUPERVISED[name] for name in fixed if name in PAPER_SUPERVISED})
+        out = {name: {"mean": None, "std": None, "paper": number} for name, number in paper.items()}
+        for name in [*fixed, *drawn[0]]:
+            values = np.array([figures.get(name, fixed.get(name)) for figures in drawn])
+            out[name] = {"mean": round(values.mean(), 4), "paper": paper.get(name), "std": None
+                         if repeats == 1 or name in fixed else round(values.std(ddof=1), 4)}
+        return out
+
+    def repeat(self, seed, options, bar):
+        """One draw of everything that the seed decides: -> {figure: float}."""
+        names, out = self.model.config.modalities, {}
+        for subset in all_subsets(len(names))[:-1].tolist():
+            given = [n for n, there in zip(names, subset) if there]
+            wanted = [n for n in names if n not in given or given == ["image"]]
+            made = self.draw(lambda a, b, generator: self.model.sample_conditional(
+                {n: self.x[n][a:b] for n in given}, generator=generator, names=wanted,
+                **options), seed, bar)
+            out.update(self.compare(" + ".join(given), given, made))
+        for prior, source in (("aux", "nothing"), ("gaussian", "N(0, I)")):
+            made = self.draw(lambda a, b, generator: self.model.sample_unconditional(
+                b - a, prior, generator, **options), seed, bar)
+            out.update(self.compare(source, [], made))
+        torch.manual_seed(seed)
+        return {**out, **self.bounds()}
+
+    def draw(self, sample, seed, bar):
+        """sample(start, stop, generator) for all items, 100 at a time: -> dict of modalities."""
+        generator, parts = torch.Generator().manual_seed(seed), []
+        for k in range(0, len(self.x["image"]), 100):
+            parts.append(sample(k, min(k + 100, len(self.x["image"])), generator))
+            bar.update()
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def compare(self, source, given, made):
+        """Figures of what was made from `source`. Text counts by the words of the vocabulary: a
+        generated caption against all that the item's ten captions say, an image against the one
+        caption that it was made from or with."""
+        out, bits = {}, {n: self.bits(n, made[n]) for n in made if n != "image"}
+        for name in bits if given else ():
+            out[f"{name} from {source}: F1"] = mean_f1(bits[name], self.true[name])
+            if name == "text":  # frequent words suit every bird; this shows how much
+                out[f"text from {source}: F1 with another's"] = mean_f1(
+                    bits[name], self.true[name].roll(1, 0))
+        if "image" in made:
+            for name, features in self.features.items():
+                out[f"image from {source}: {name}"] = frechet_distance(
+                    features(made["image"]), self.real[name])
+            read = read_images(self.judge, made["image"])[1]
+            targets = {n: self.given[n] for n in given if n != "image"} if given else bits
+            out.update({f"image from {source}: judged {n}, F1": mean_f1(read[n], targets[n])
+                        for n in targets})
+        if given == ["image"]:
+            out["image from image: corner correlation"] = correlation(
+                background(made["image"]), background(self.x["image"]))
+        if self.clip:
+            out.update(self.clip_figures(source, given, made))
+        return out
+
+    def clip_figures(self, source, given, made):
+        """CLIP score of the pair of picture and caption: given ones as they are, the rest made."""
+        image = (self.x if "image" in given else made)["image"]
+        ids = self.x["text"][:, 1] if "text" in given else made["text"]
+        kind = {"image": "text", "text": "image"}.get(source, "image and text")
+        scores = [clip_score(self.clip, *part) for part in zip(
+            image.split(50), batched(captions_of(ids, self.model.config), 50))]
+        return {f"{kind} from {source}: CLIP": torch.cat(scores).mean().item()}
+
+    def bounds(self):
+        """Upper bounds on -log P(x) of 8-bit images with the rest [Eq. 5], in nats and as bits per
+        dimension of the image: A drawn as in training, and A = all with its terms."""
+        sums, names = Counter(), self.model.config.modalities
+        subsets, dims = all_subsets(len(names)), self.x["image"][0].numel()
+        for k in range(0, len(self.x["image"]), 100):
+            x = {n: a[k:k + 100] for n, a in self.x.items()}
+            n = len(x["image"])
+            drawn = subsets[torch.randint(len(subsets), (n,))]   # (B, M)
+            for label, subset in (("A drawn", drawn), ("A = all", torch.ones_like(drawn))):
+                mu, logvar = self.model.posterior(x, subset)
+                z = gaussian_sample(mu, logvar)
+                terms = {name: decoder.nll(z, x[name]) if name != "image" else
+                         image_bound(decoder, z, x[name])
+                         for name, decoder in self.model.decoders.items()}
+                terms["KL"] = kl_to_standard_normal(mu, logvar)
+                sums[f"Eq. 5 bound, {label}: bits/dim"] += sum(terms.values()).sum().item()
+            sums.update({f"Eq. 5 bound, A = all: {name}, nats": value.sum().item()
+                         for name, value in terms.items()})
+            if "text" in x:
+                sums["text, z of another item: nats"] += \
+                    self.model.decoders["text"].nll(z.roll(1, 0), x["text"]).sum().item()
+        scale = {"bits/dim": dims * math.log(2)}
+        return {name: value / len(self.x["image"]) / scale.get(name.split(": ")[1], 1)
+                for name, value in sums.items()}
+
+
+def mean_f1(pred, target):
+    return f1_samples(pred, target).mean().item()
+
+
+def batched(items, n):
+    """A list in lists of n, the last one maybe shorter."""
+    return [items[k:k + n] for k in range(0, len(items), n)]
+
+
+def print_summary(figures):
+    """One line a figure: mean, standard deviation over the repeats, the paper's number."""
+    print(f"  {'':44s} {'here':>10s} {'':>9s} {'paper':>8s}")
+    for name, row in figures.items():
+        mean = "not run" if row["mean"] is None else f"{row['mean']:.3f}"
+        std = "" if row["std"] is None else f"± {row['std']:.3f}"
+        paper = "" if row["paper"] is None else f"{row['paper']:g}"
+        print(f"  {name:44s} {mean:>10s} {std:>9s} {paper:>8s}".rstrip())
 
 
 # === §10 Command line ===
@@ -1852,6 +2102,12 @@ def parse_args(argv=None):
         "the default, takes the most probable token each time")
     add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
     add("--eval-num", type=positive(int), default=500, help="test items of --eval (default: 500)")
+    add("--eval-repeats", type=positive(int), default=3, help="draws of everything that --eval "
+        "generates, with seeds counting from --seed; it prints mean and deviation (default: 3)")
+    add("--inception", type=Path, help="for --eval: pt_inception-2015-12-05-6726825d.pth, the "
+        "weights of pytorch-fid, for FID")
+    add("--clip", metavar="NAME_OR_PATH", help="for --eval of cub: a CLIP model of the Hugging "
+        "Face hub or a folder, for the CLIP score")
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -1867,6 +2123,8 @@ def add_training_flags(parser):
         help="image decoder; feedforward turns Eq. 5 into Eq. 4 (default: diffusion)")
     add("--weighting", choices=["simple", "likelihood"],
         help="lambda(t) of Eq. 5: 1 (Diff-MVAE*, default) or g(t)^2 (Diff-MVAE)")
+    add("--objective", choices=["mopoe", "mvtcae"], help="Eq. 5 over all subsets of the "
+        "modalities (mopoe, default), or that of MVTCAE, a baseline of the paper")
     add("--prior-expert", action="store_true", default=None,
         help="multiply N(0, I) into the full subset, as the MoPoE paper's code does")
     add("--beta", type=positive(float), help="weight of the KL term")
@@ -1911,8 +2169,8 @@ def positive(kind):
     return convert
 
 
-OVERRIDES = ("decoder", "weighting", "prior_expert", "beta", "steps", "aux_steps", "batch_size",
-             "lr", "lr_schedule", "seed")
+OVERRIDES = ("decoder", "weighting", "objective", "prior_expert", "beta", "steps", "aux_steps",
+             "batch_size", "lr", "lr_schedule", "seed")
 
 
 def check_args(parser, args):
@@ -1929,9 +2187,14 @@ def check_args(parser, args):
         parser.error("--eval-num 1: a distance between distributions needs at least 2")
     if args.batch_size == 1:
         parser.error("--batch-size 1: batch normalisation needs at least 2")
-    if args.text_init and args.dataset != "cub":
-        parser.error("--text-init: only the cub setup has text")
-    training = [n for n in ("preset", "prior_expert", "beta", "steps", "epochs", "aux_steps",
+    for flag, value in (("--text-init", args.text_init), ("--clip", args.clip)):
+        if value and args.dataset != "cub":
+            parser.error(f"{flag}: only the cub setup has text")
+    if (args.inception or args.clip) and not args.eval:
+        parser.error("--inception and --clip need --eval")
+    if args.objective == "mvtcae" and args.prior_expert:
+        parser.error("--objective mvtcae has no --prior-expert")
+    training = [n for n in ("preset", "beta", "steps", "epochs", "aux_steps",
                             "batch_size", "lr", "lr_schedule", "text_init")
                 if getattr(args, n) is not None]
     if training and not (args.train or args.dry_run):
@@ -1952,7 +2215,8 @@ def trained_config(args, folder, dataset):
     """The configuration of the run's checkpoint; UserError if the flags ask for something else."""
     checkpoint = read_checkpoint(folder / "checkpoint.pt")
     config, stage, step = Config(**checkpoint["config"]), checkpoint["stage"], checkpoint["step"]
-    asked = {"dataset": dataset, "decoder": args.decoder, "weighting": args.weighting}
+    asked = {"dataset": dataset, "decoder": args.decoder, "weighting": args.weighting,
+             "objective": args.objective, "prior_expert": args.prior_expert}
     for name, value in asked.items():
         if value not in (None, getattr(config, name)):
             raise UserError(f"{folder}: trained with {name} {getattr(config, name)}, not {value}")
@@ -2002,8 +2266,10 @@ def choose(args):
     """Device, data, configuration and run folder from the flags and from what is on the disk."""
     device, source = pick_device(args.device), args.data or Path("data") / args.dataset
     toy = args.data is None and not source.exists()
-    variant = "-feedforward" * (args.decoder == "feedforward") + \
-        "-likelihood" * (args.weighting == "likelihood")
+    variant = "".join(f"-{word}" for word, on in (
+        ("feedforward", args.decoder == "feedforward"), ("prior", args.prior_expert),
+        ("likelihood", args.weighting == "likelihood"), ("mvtcae", args.objective == "mvtcae"))
+        if on)
     dataset = args.dataset + "-toy" * toy
     folder = args.run or Path("runs") / f"{dataset}{variant}"
     new, exists = args.train or args.dry_run, (folder / "checkpoint.pt").exists()
@@ -2112,15 +2378,18 @@ def run_evaluation(args, model, data, folder):
     """--eval: print the figures and write eval.json."""
     count = JUDGE_TOYS if data.toy else len(data.split["train"])
     name = f"judge-{args.dataset}{'-toy' * data.toy}-{data.size}px-{count}.pt"
-    judge, device = get_judge(folder.parent / name, data), data.device
+    inception = load_inception(args.inception, data.device) if args.inception else None
+    clip = load_clip(args.clip, data.device) if args.clip else None
+    judge = get_judge(folder.parent / name, data)
     start, seed, options = time.time(), args.seed or 0, sampling_options(args)
-    with autocast(device):
-        figures = evaluate(model, judge, data, args.eval_num, seed, options)
-    print(f"{folder}: {args.sampler}, {args.sampler_steps} steps, seed {seed}, "
-          f"{time.time() - start:.0f} s")
-    for name, value in figures.items():
-        print(f"  {name:42s} {value:8.3f}")
-    (folder / "eval.json").write_text(json.dumps({**options, "seed": seed, **figures}, indent=1))
+    evaluation = Evaluation(model, data, judge, args.eval_num, inception, clip)
+    figures = evaluation.run(args.eval_repeats, seed, options)
+    settings = {"model": model_name(model.config), "items": len(evaluation.x["image"]),
+                "repeats": args.eval_repeats, "seed": seed, **options}
+    print(f"{folder}: {', '.join(f'{k} {v}' for k, v in settings.items())}; "
+          f"{time.time() - start:.0f} s. The paper's numbers are for its own data.")
+    print_summary(figures)
+    (folder / "eval.json").write_text(json.dumps({**settings, "figures": figures}, indent=1))
 
 
 def main(argv=None):

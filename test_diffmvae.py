@@ -112,6 +112,18 @@ def test_kl_closed_form():
     assert torch.allclose(twice, 2 * got)
 
 
+def test_kl_between_closed_form():
+    """torch.distributions agrees, also with a broadcast first argument; KL to N(0, I) is a case."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(2, 5, 3, 7, dtype=torch.float64) for _ in range(2))
+    want = kl_divergence(Normal(a[0][:, :1], (0.5 * a[1][:, :1]).exp()),
+                         Normal(b[0], (0.5 * b[1]).exp())).sum(-1)
+    got = D.kl_between(a[0][:, :1], a[1][:, :1], *b)
+    assert got.shape == (5, 3) and torch.allclose(got, want, atol=1e-12)
+    zero = torch.zeros_like(a[0])
+    assert torch.allclose(D.kl_between(*a, zero, zero), D.kl_to_standard_normal(*a), atol=1e-12)
+
+
 def test_product_of_experts_is_the_product_on_a_grid():
     """[Sec. 3.2] [Sec. 3.3] N_1 N_2 N_3 renormalised by numerical integration."""
     mus, variances = np.array([0.5, -1.0, 2.0]), np.array([0.4, 1.5, 3.0])
@@ -479,6 +491,54 @@ def test_subsets_are_drawn_uniformly_per_sample(faces, monkeypatch):
     codes, counts = (seen[0] * torch.tensor([1, 2, 4])).sum(1).unique(return_counts=True)
     assert codes.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert all(abs(c / 10_000 - 1) < 0.05 for c in counts.tolist())  # 5 standard deviations
+
+
+def test_mvtcae_objective(faces, birds, monkeypatch):
+    """The baseline's weights for three and two modalities, z of the product of all experts, KLs to
+    each expert and to N(0, I); training takes it if the configuration says so."""
+    for x, dataset, weights in ((faces, "celeba", (0.7, 0.3, 0.1)),
+                                (birds, "cub", (0.55, 0.45, 0.1))):
+        config = tiny(dataset, decoder="feedforward", objective="mvtcae", beta=0.3, attr_weight=7.0,
+                      text_weight=5.0, dropout=0.0)
+        model, seen = randomise(model_of(config)), []
+        original = model.decoders["image"].nll
+        monkeypatch.setattr(model.decoders["image"], "nll",
+                            lambda z, x: seen.append(z) or original(z, x))
+        torch.manual_seed(1)
+        terms = D.neg_mvtcae(model, x)
+        mu, logvar = model.encode(x)
+        precision = (-logvar).exp().sum(1)
+        mean = ((-logvar).exp() * mu).sum(1) / precision
+        q = Normal(mean, precision ** -0.5)
+        torch.manual_seed(1)
+        assert torch.allclose(seen[0], mean + q.stddev * torch.randn_like(mean), atol=1e-5)
+        kls = [kl_divergence(q, Normal(mu[:, i], (0.5 * logvar[:, i]).exp())).sum(1)
+               for i in range(mu.shape[1])]
+        prior = kl_divergence(q, Normal(torch.zeros_like(mean), 1.0)).sum(1)
+        nll, to_experts, to_prior = weights
+        assert torch.allclose(terms["kl"], to_experts * sum(kls) + to_prior * prior, rtol=1e-4)
+        reconstruction = sum({"attr": 7, "text": 5}.get(n, 1) * terms[n] for n in config.modalities)
+        assert torch.allclose(terms["total"], nll * reconstruction + 0.3 * terms["kl"], rtol=1e-5)
+    data = toy("celeba", 64)
+    for objective, called in (("mvtcae", 1), ("mopoe", 0)):
+        config, calls = tiny(objective=objective), []
+        monkeypatch.setattr(D, "neg_mvtcae", lambda model, x: calls.append(1) or {"total": 0})
+        D.stage1_loss(model_of(config), data, config, 0)
+        assert len(calls) == called
+
+
+def test_only_the_named_modalities_are_decoded(faces):
+    """names=: those alone, each as it is when all are decoded."""
+    model, given = randomise(model_of(tiny())), {"image": faces["image"]}
+    options = dict(sampler="ddim", steps=2)
+    for sample in (lambda **more: model.sample_conditional(
+            given, generator=torch.Generator().manual_seed(0), **options, **more),
+            lambda **more: model.sample_unconditional(
+                16, "gaussian", torch.Generator().manual_seed(0), **options, **more)):
+        some, every = sample(names=["attr", "image"]), sample()
+        assert set(some) == {"attr", "image"} and set(every) == set(FACE)
+        assert torch.equal(some["image"], every["image"])
+        assert torch.equal(some["attr"], every["attr"])
 
 
 def test_likelihoods_against_torch_distributions(faces):
@@ -1272,8 +1332,11 @@ def test_text_gap_tells_a_decoder_that_ignores_z(tmp_path):
     decoder, x = model.decoders["text"], data.rows(rows)
     nn.init.zeros_(decoder.memory.weight)
     assert D.coherence(model, data, rows)["text gap"] == 0.0
-    figures = D.text_figures(model, x, 0)
-    assert figures["text NLL, right z"] == figures["text NLL, shuffled z"]
+    data.split["test"] = rows
+    evaluation = D.Evaluation(model, data, D.Judge(16, len(data.vocabulary)).eval(), 12)
+    right, wrong = "Eq. 5 bound, A = all: text, nats", "text, z of another item: nats"
+    figures = evaluation.bounds()
+    assert figures[right] == pytest.approx(figures[wrong], rel=1e-6)
     for name in ("image", "text"):
         model.encoders[name].head.weight.data[16:] = 0           # a sharp posterior
         model.encoders[name].head.weight.data[:16] *= 20
@@ -1286,9 +1349,8 @@ def test_text_gap_tells_a_decoder_that_ignores_z(tmp_path):
     decoder.nll = nll
     figures = D.coherence(model, data, rows)
     assert figures["text nll"] == 3.0 and figures["text gap"] == 7.0
-    assert D.text_figures(model, x, 0) == {
-        "text NLL, right z": 3.0, "text NLL, shuffled z": 10.0,
-        "text NLL, right below shuffled by": pytest.approx(0.7)}
+    figures = evaluation.bounds()
+    assert figures[right] == 3.0 and figures[wrong] == 10.0
 
 
 # === §6 Data preparation ===
@@ -1761,40 +1823,275 @@ def test_grid_and_its_record(tmp_path, faces):
     assert np.array_equal(given, want)
 
 
+def figures_of(run, data, judge, repeats=1, **more):
+    """What --eval measures on 8 items with two sampler steps, without a command line."""
+    evaluation = D.Evaluation(run.ema, data, judge, 8, **more)
+    return evaluation.run(repeats, 0, dict(sampler="ddim", steps=2))
+
+
 def test_evaluation_of_a_perfect_writer(tmp_path):
     """Captions that are the items' first ones: F1 1 from the image on toys, where they say all;
     the truth of an item is what all its ten captions say."""
     run, data = start(tmp_path, dataset="cub")
-    rows = data.split["test"][:8]
-    x = data.rows(rows)
+    x = data.rows(data.split["test"][:8])
     run.ema.decoders["text"].sample = lambda z, *_, **__: x["text"][:len(z), 1]
     judge = D.Judge(16, len(data.vocabulary)).eval()
-    figures = D.evaluate(run.ema, judge, data, 8, 0, dict(sampler="ddim", steps=1))
-    assert figures["image -> text: F1"] == 1.0
-    assert figures["one true caption against all ten: F1"] == 1.0
+    figures = figures_of(run, data, judge)
+    assert figures["text from image: F1"]["mean"] == 1.0
+    assert figures["text from image: F1 with another's"]["mean"] < 0.6
+    assert figures["one true caption against all ten: F1"]["mean"] == 1.0
+    assert 0 < figures["image from text: judged text, F1"]["mean"] < 0.9
     data.captions = [[f"{text.split()[-1]} it has {k} wings." for k in ("red", "blue") * 5]
                      for (text, *_) in data.captions]
-    truth = D.what_is_true(data, rows, x)["text"]
+    truth = D.Evaluation(run.ema, data, judge, 8).true["text"]
     names = [{w for w, bit in zip(data.vocabulary, row) if bit} for row in truth]
     assert all(one == {"red wings", "blue wings"} for one in names)
-    assert 0 < figures["text -> image: judged text F1"] < 0.9 and "attr" not in str(figures)
 
 
-@pytest.mark.parametrize("dataset,figure", [("celeba", "attr -> image: judged attr F1"),
-                                            ("cub", "text -> image: judged text F1")])
+def test_evaluation_of_a_perfect_painter(tmp_path):
+    """A model that gives back the test items and a judge that knows them: F1 1 and distance 0
+    for every source, as coherent from nothing as from what was given."""
+    run, data = start(tmp_path)
+    x, model = data.rows(data.split["test"][:8]), run.ema
+    for name, decoder in model.decoders.items():
+        decoder.sample = lambda z, *_, name=name, **__: x[name][:len(z)]
+
+    class Oracle(nn.Module):
+        def forward(self, image):
+            nearest = torch.cdist(image.flatten(1), x["image"].flatten(1)).argmin(1)
+            return image.flatten(1)[:, :20], {n: x[n][nearest] - 0.5 for n in ("attr", "mask")}
+    figures = figures_of(run, data, Oracle())
+    kept = [(n, f["mean"]) for n, f in figures.items() if "F1" in n]
+    assert len(kept) == 2 + 6 + 8 and all(value == 1.0 for _, value in kept), kept
+    assert {n for n, _ in kept} >= {"image from mask + attr: judged attr, F1",
+                                    "image from nothing: judged mask, F1",
+                                    "attr from image + mask: F1", "Supervised, mask from image: F1"}
+    distances = [f["mean"] for n, f in figures.items() if "FD-judge" in n]
+    assert len(distances) == 6 and max(distances) < 1e-3
+    assert figures["image from image: corner correlation"]["mean"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dataset,figure", [("celeba", "image from attr: judged attr, F1"),
+                                            ("cub", "image from text: judged text, F1")])
 def test_evaluation_is_reproducible(tmp_path, monkeypatch, dataset, figure):
-    """--eval twice with one seed gives the same digits; the judge is trained once and cached."""
+    """Twice with one seed: the same digits, the judge trained once and cached. Repeats differ and
+    are what single seeds give; what needs no sampling has no deviation."""
     run, data = start(tmp_path, dataset=dataset)
     trained = []
     original = D.train_judge
     monkeypatch.setattr(D, "train_judge",
                         lambda data, seed: trained.append(1) or original(data, seed, 4, 8))
     monkeypatch.setattr(D, "JUDGE_TOYS", 64)
-    results = [D.evaluate(run.ema, D.get_judge(tmp_path / "judge.pt", data), data, 8, 0,
-                          dict(sampler="ddim", steps=2)) for _ in range(2)]
-    assert results[0] == results[1] and len(trained) == 1
-    assert all(math.isfinite(v) for v in results[0].values())
-    assert results[0]["items"] == 8 and figure in results[0]
+    first, again = (figures_of(run, data, D.get_judge(tmp_path / "judge.pt", data), 2)
+                    for _ in range(2))
+    assert first == again and len(trained) == 1
+    single = [D.Evaluation(run.ema, data, D.get_judge(tmp_path / "judge.pt", data), 8).run(
+        1, seed, dict(sampler="ddim", steps=2)) for seed in (0, 1)]
+    name = "image from N(0, I): FD-judge"
+    a, b = (one[name]["mean"] for one in single)
+    assert a != b and first[name]["mean"] == pytest.approx((a + b) / 2, abs=1e-4)
+    assert first[name]["std"] == pytest.approx(abs(a - b) / math.sqrt(2), abs=1e-4)
+    assert single[0][name]["std"] is None and figure in first
+    measured = {n: f for n, f in first.items() if f["mean"] is not None}
+    assert all(math.isfinite(f["mean"]) for f in measured.values())
+    assert {n for n, f in measured.items() if f["std"] is None} == {
+        n for n in measured if n.startswith(("Supervised", "one true"))}
+
+
+def test_rows_of_the_paper(tmp_path, capsys):
+    """The names of the models, the paper's numbers beside their figures, "not run" beside those
+    that need weights."""
+    names = {"Diff-MVAE*": {}, "Diff-MVAE": dict(weighting="likelihood"),
+             "MoPoE*": dict(decoder="feedforward"),
+             "MoPoE": dict(decoder="feedforward", prior_expert=True),
+             "MVTCAE": dict(decoder="feedforward", objective="mvtcae")}
+    for name, changes in names.items():
+        assert D.model_name(tiny(**changes)) == name
+    assert "MVTCAE" in D.model_name(tiny(objective="mvtcae"))
+    assert all(len(row) == len(table["figures"]) for table in D.PAPER.values()
+               for row in table.values())
+    run, data = start(tmp_path)
+    figures = figures_of(run, data, D.Judge(16).eval())
+    assert figures["mask from image: F1"]["paper"] == 0.90
+    assert figures["Supervised, attr from image: F1"]["paper"] == 0.79
+    assert figures["image from nothing: FID"] == {"mean": None, "std": None, "paper": 28.4}
+    assert set(D.PAPER["celeba"]["figures"]) <= set(figures)
+    D.print_summary(figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == "image from mask: FID not run 28.5".split() for line in lines)
+    value = f"{figures['attr from image: F1']['mean']:.3f}"
+    assert any(line.split() == f"attr from image: F1 {value} 0.76".split() for line in lines)
+
+
+def test_f1_equals_scikit_learn():
+    """Mean of f1_samples against average="samples", 1,000 random cases with empty rows."""
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        pred, true = rng.random((2, 5, 6)) < rng.random((2, 5, 1))
+        pred[0], true[rng.integers(2)] = False, False
+        want = metrics.f1_score(true, pred, average="samples", zero_division=0)
+        got = D.f1_samples(torch.from_numpy(pred).float(), torch.from_numpy(true).float())
+        assert got.shape == (5,) and got.mean().item() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Random weights of the shapes and names of FID's, with features of order one."""
+    from torchvision.models import Inception3
+    torch.manual_seed(0)
+    net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.weight.data.uniform_(0.7, 1.3)
+            module.bias.data.normal_(std=0.3)
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def test_fid_equals_pytorch_fid(inception_file, tmp_path, monkeypatch):
+    """Features to 1e-4 and distance to 1e-3 of the pytorch-fid package's, from PNG files of 300
+    images and the same weights."""
+    theirs = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is not installed")
+    from pytorch_fid import fid_score
+    monkeypatch.setattr(theirs, "load_state_dict_from_url",
+                        lambda *_, **__: torch.load(inception_file, weights_only=True))
+    net = theirs.InceptionV3([theirs.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+    images = D.to_tensors({"image": data_prep.toy_faces(300, 32)["image"]}, "cpu")["image"]
+    for k in range(2):
+        (tmp_path / str(k)).mkdir()
+        for j, picture in enumerate(D.eight_bits(images[150 * k:150 * (k + 1)])):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{k}/{j:03d}.png")
+    ours = D.load_inception(inception_file, torch.device("cpu"))(images)
+    folders = [sorted((tmp_path / str(k)).iterdir()) for k in range(2)]
+    want = np.concatenate([fid_score.get_activations(files, net, num_workers=0)
+                           for files in folders])
+    assert 0.1 < np.abs(want).mean() < 10 and want.std(0).mean() > 0.01
+    assert np.abs(ours.numpy() - want).max() < 1e-4
+    halves = want[:150, ::20], want[150:, ::20]  # their root needs more images than dimensions
+    distance = fid_score.calculate_frechet_distance(*(
+        statistic for part in halves for statistic in (part.mean(0), np.cov(part, rowvar=False))))
+    assert D.frechet_distance(ours[:150, ::20], ours[150:, ::20]) == pytest.approx(
+        distance, rel=1e-3)
+    a, b = (part - part.mean(0) for part in (want[:150].astype(float), want[150:].astype(float)))
+    trace = np.linalg.norm(a @ b.T, "nuc") / 149                 # of the root, in closed form
+    distance = np.square(want[:150].mean(0) - want[150:].mean(0)).sum() + (
+        np.square(a).sum() + np.square(b).sum()) / 149 - 2 * trace
+    assert D.frechet_distance(ours[:150], ours[150:]) == pytest.approx(distance, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A tiny random CLIP with its processor."""
+    from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor,
+                              CLIPTokenizer)
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(c) for c in range(97, 123)] + list(".,-'")
+    words = [*letters, *(a + "</w>" for a in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: k for k, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                              model_max_length=20)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 projection_dim=8)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(
+        text_config=dict(vocab_size=len(words), max_position_embeddings=20,
+                         bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, **sizes),
+        vision_config=dict(image_size=16, patch_size=8, **sizes),
+        projection_dim=8)).save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
+                  tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_by_hand(clip_folder):
+    """100 max(cos, 0) of the projected embeddings, pictures and captions prepared by hand."""
+    net, processor = clip = D.load_clip(clip_folder, "cpu")
+    image = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    captions = ["a red bird.", "blue", "a bird with a beak", "wings, green", "x", "abc " * 40]
+    pixels = ((image + 1) * 127.5).round() / 255
+    mean, std = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    pixels = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    want = []
+    with torch.no_grad():
+        for picture, caption in zip(pixels, captions):
+            letters = [w for word in re.findall(r"[a-z]+|[.,]", caption)
+                       for w in [*word[:-1], word[-1] + "</w>"]]
+            ids = processor.tokenizer.convert_tokens_to_ids(
+                ["<|startoftext|>", *letters[:18], "<|endoftext|>"])
+            a = net.visual_projection(net.vision_model(picture[None]).pooler_output)[0].numpy()
+            b = net.text_projection(net.text_model(torch.tensor([ids])).pooler_output)[0].numpy()
+            want.append(100 * max(0.0, a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+    got = D.clip_score(clip, image, captions)
+    assert got.shape == (6,) and np.allclose(got.numpy(), want, atol=1e-3)
+    assert min(want) == 0 < max(want)
+
+
+def test_eight_bit_nll_is_a_distribution():
+    """Over the 256 values it sums to one, also for means beyond them; far tails stay finite; in
+    the middle it is the density times the width of a bin."""
+    values = torch.arange(256).view(-1, 1) / 127.5 - 1           # (256, 1)
+    for mean, std in ((0.0, 0.7), (0.3, 0.01), (-2.0, 0.3), (5.0, 0.02)):
+        nll = D.eight_bit_nll(values, torch.full_like(values, mean), std)
+        assert nll.isfinite().all()
+        assert torch.logsumexp(-nll, 0).item() == pytest.approx(0, abs=1e-6)
+    x, mean = torch.tensor([[0.2, -0.1]]), torch.tensor([[0.3, 0.1]])
+    want = -Normal(mean, 0.5).log_prob(x).sum() - 2 * math.log(2 / 255)
+    assert D.eight_bit_nll(x, mean, 0.5).item() == pytest.approx(want.item(), abs=1e-4)
+
+
+def test_image_bound_is_tight_for_the_exact_score():
+    """[Eq. 2] with its two ends: for Gaussian images and their score it is their entropy, in nats
+    of 8-bit values; with a wrong score it is more."""
+    std, generator = 0.3, torch.Generator().manual_seed(0)
+    x = D.eight_bits(std * torch.randn(200, 3, 16, 16, generator=generator)).float() / 127.5 - 1
+    decoder = D.DiffusionDecoder(tiny())
+    entropy = x[0].numel() * (0.5 * math.log(2 * math.pi * math.e * std ** 2) + math.log(127.5))
+
+    def score_of(std):
+        def eps(x_t, t, z):
+            alpha, sigma = D.per_sample(SDE.alpha(t), x_t), D.per_sample(SDE.sigma(t), x_t)
+            return sigma * x_t / (alpha ** 2 * std ** 2 + sigma ** 2)
+        return eps
+    torch.manual_seed(0)
+    decoder.eps = score_of(std)
+    right = D.image_bound(decoder, torch.zeros(200, 16), x)
+    assert right.shape == (200,)
+    assert right.mean().item() == pytest.approx(entropy, rel=0.005)
+    decoder.eps = score_of(1.5 * std)
+    assert D.image_bound(decoder, torch.zeros(200, 16), x).mean().item() > 1.01 * entropy
+
+
+def test_bounds_add_up(tmp_path):
+    """[Eq. 5] bits a dimension: all terms and the KL, of all modalities, over the image's size;
+    a feed-forward image term is the 8-bit probability under its Gaussian."""
+    run, data = start(tmp_path, decoder="feedforward")
+    model, evaluation = run.ema, D.Evaluation(run.ema, data, D.Judge(16).eval(), 8)
+    torch.manual_seed(0)
+    figures = evaluation.bounds()
+    parts = [figures[f"Eq. 5 bound, A = all: {n}, nats"] for n in ("image", "mask", "attr", "KL")]
+    assert figures["Eq. 5 bound, A = all: bits/dim"] == pytest.approx(
+        sum(parts) / (3 * 16 * 16 * math.log(2)), rel=1e-6)
+    x = evaluation.x
+    mu, logvar = model.posterior(x)
+    kl = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(torch.zeros_like(mu), 1.0))
+    assert parts[3] == pytest.approx(kl.sum(1).mean().item(), rel=1e-5)
+    torch.manual_seed(0)
+    torch.randint(7, (8,))
+    torch.randn(8, 16)                                           # the z of "A drawn"
+    z = mu + (0.5 * logvar).exp() * torch.randn(8, 16)
+    mean = model.decoders["image"].net(z)
+    edges = torch.linspace(-1 - 1 / 255, 1 + 1 / 255, 257, dtype=torch.float64)
+    edges[0], edges[-1] = -math.inf, math.inf
+    k = ((x["image"] + 1) * 127.5).round().long()
+    normal = Normal(mean.double(), math.sqrt(0.5))
+    want = -(normal.cdf(edges[k + 1]) - normal.cdf(edges[k])).log().flatten(1).sum(1).mean()
+    assert parts[0] == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_what_a_caption_says(birds):
@@ -1902,12 +2199,12 @@ def test_command_sample(trained, flags, file):
     assert len(record["rows"]) == 2
 
 
-def test_command_birds(tmp_path):
+def test_command_birds(tmp_path, clip_folder):
     """The same commands for CUB: train, every --given, no given, captions greedy and not,
     --eval, --resume; then what is wrong with a caption."""
     length = "--train --steps 3 --aux-steps 2 --batch-size 8"
     result = command(tmp_path, f"{length} --sample cond --given text --num 2 --sampler-steps 2 "
-                     "--eval --eval-num 8", "cub")
+                     f"--eval --eval-num 8 --eval-repeats 2 --clip {clip_folder}", "cub")
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "cub-toy"
     assert "TOY BIRDS" in result.stdout and (run / "samples/given-text-seed0.png").exists()
@@ -1915,9 +2212,11 @@ def test_command_birds(tmp_path):
     assert {"image", "text", "kl", "total"} <= set(rows[0])
     assert any({"gap", "text nll", "text gap", "text->image", "image->text"} <= set(row)
                for row in rows)
-    figures = json.loads((run / "eval.json").read_text())
-    assert {"image -> text: F1", "text -> image: judged text F1", "text NLL, shuffled z"} \
-        <= set(figures) and figures["top_p"] == 0
+    record = json.loads((run / "eval.json").read_text())
+    figures = {n: f["mean"] for n, f in record["figures"].items() if f["mean"] is not None}
+    assert {"text from image: F1", "image from text: judged text, F1", "text from image: CLIP",
+            "image from text: CLIP", "image and text from nothing: CLIP"} <= set(figures)
+    assert record["top_p"] == 0 and record["repeats"] == 2
     before = weights(run)
     assert command(tmp_path, length + " --resume", "cub").returncode == 0
     assert all(torch.equal(v, before[k]) for k, v in weights(run).items())
@@ -2003,8 +2302,10 @@ def test_command_resume_and_overwrite(trained):
     assert result.returncode == 2 and "trained with decoder diffusion" in result.stderr
 
 
-@pytest.mark.parametrize("flags,run", [("--decoder feedforward", "celeba-toy-feedforward"),
-                                       ("--weighting likelihood", "celeba-toy-likelihood")])
+@pytest.mark.parametrize("flags,run", [
+    ("--decoder feedforward --prior-expert", "celeba-toy-feedforward-prior"),
+    ("--decoder feedforward --objective mvtcae", "celeba-toy-feedforward-mvtcae"),
+    ("--weighting likelihood", "celeba-toy-likelihood")])
 def test_command_variants(tmp_path, flags, run):
     """Each variant has its own run folder, and sampling finds it by the same flag."""
     result = command(tmp_path, flags + " --train --steps 2 --aux-steps 1 --batch-size 8 --sample "
@@ -2014,13 +2315,33 @@ def test_command_variants(tmp_path, flags, run):
     assert command(tmp_path, flags + " --sample uncond --num 1 --sampler-steps 1").returncode == 0
 
 
-def test_command_eval(trained):
+def test_command_eval(trained, inception_file):
+    """Figures on the screen and in eval.json, the paper's beside them; FID with --inception."""
     folder, _ = trained
-    result = command(folder, "--eval --eval-num 8 --sampler-steps 2")
+    result = command(folder, f"--eval --eval-num 4 --eval-repeats 1 --sampler-steps 1 "
+                     f"--inception {inception_file}")
     assert result.returncode == 0, result.stderr
-    figures = json.loads((folder / "runs/celeba-toy/eval.json").read_text())
-    name = "mask -> image: judged mask F1"
-    assert name in result.stdout and 0 <= figures[name] <= 1
+    record = json.loads((folder / "runs/celeba-toy/eval.json").read_text())
+    assert (record["model"], record["items"], record["repeats"]) == ("Diff-MVAE*", 4, 1)
+    row = record["figures"]["image from mask: FID"]
+    assert row["paper"] == 28.5 and row["mean"] > 0 and row["std"] is None
+    assert f"image from mask: FID {row['mean']:.3f} 28.5".split() in [
+        line.split() for line in result.stdout.splitlines()]
+    assert "8/8" in result.stderr                                # the progress bar
+
+
+def test_command_eval_without_its_weights(trained, tmp_path):
+    """Files that are not what --inception and --clip take are named."""
+    folder, _ = trained
+    (tmp_path / "x.pth").write_bytes(b"PK no weights")
+    for flags, dataset, words in (
+            (f"--inception {tmp_path}/x.pth", "celeba", "not pytorch-fid's weights"),
+            (f"--inception {tmp_path}/y.pth", "celeba", "FileNotFoundError")):
+        result = command(folder, f"--eval {flags}", dataset)
+        assert result.returncode == 2 and words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    with pytest.raises(D.UserError, match="no CLIP model"):
+        D.load_clip(str(tmp_path), "cpu")
 
 
 def test_command_dry_run(tmp_path):
@@ -2065,7 +2386,8 @@ def test_command_on_prepared_data(tmp_path):
     draw_raw(tmp_path / "raw", n=30, mapping=False)
     assert prepare(tmp_path / "raw", tmp_path / "data" / "celeba").returncode == 0
     result = command(tmp_path, "--preset small --train --steps 2 --aux-steps 1 --batch-size 4 "
-                     "--sample cond --given mask --num 2 --sampler-steps 2 --eval --eval-num 3")
+                     "--sample cond --given mask --num 2 --sampler-steps 2 --eval --eval-num 3 "
+                     "--eval-repeats 1")
     assert result.returncode == 0 and "TOY" not in result.stdout, result.stderr
     assert (tmp_path / "runs/celeba/samples/given-mask-seed0.png").exists()
     assert json.loads((tmp_path / "runs/celeba/eval.json").read_text())["items"] == 3
@@ -2083,8 +2405,8 @@ def test_command_on_prepared_birds(tmp_path):
     draw_birds(tmp_path / "raw")
     assert prepare(tmp_path / "raw", tmp_path / "data" / "cub", *CUB).returncode == 0
     result = command(tmp_path, "--preset small --train --steps 2 --aux-steps 1 --batch-size 4 "
-                     "--sample cond --given text --num 2 --sampler-steps 2 --eval --eval-num 3",
-                     "cub")
+                     "--sample cond --given text --num 2 --sampler-steps 2 --eval --eval-num 3 "
+                     "--eval-repeats 1", "cub")
     assert result.returncode == 0 and "TOY" not in result.stdout, result.stderr
     record = json.loads((tmp_path / "runs/cub/samples/given-text-seed0.json").read_text())
     assert {row["given: text"] for row in record["rows"]} == {
@@ -2112,6 +2434,10 @@ def test_command_on_prepared_birds(tmp_path):
     ("--sample uncond --beta 1", "keeps its own"), ("--sample uncond --num 0", "not above zero"),
     ("--sample uncond --top-p 2", "not between 0 and 1"),
     ("--train --text-init here", "only the cub setup has text"),
+    ("--eval --clip here", "only the cub setup has text"),
+    ("--sample uncond --inception x.pth", "need --eval"),
+    ("--train --objective mvtcae --prior-expert", "has no --prior-expert"),
+    ("--train --eval-repeats 0", "not above zero"),
     ("--train --device nowhere", "nowhere"), ("--sample uncond --sampler heun", "invalid choice")])
 def test_command_bad_input(tmp_path, flags, words):
     """One line that says what is wrong, exit code 2, no traceback, nothing written."""
