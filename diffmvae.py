@@ -2079,7 +2079,8 @@ def parse_args(argv=None):
         help="the setup: celeba has image, mask and 18 attributes, cub image and caption (text)")
     add("--train", action="store_true", help="train both stages: Eq. 5, then the auxiliary model")
     add("--sample", choices=["cond", "uncond"], help="write a picture of samples")
-    add("--eval", action="store_true", help="measure coherence with an independent judge")
+    add("--eval", action="store_true", help="measure the figures of the paper's tables, coherence "
+        "and the bound of Eq. 5")
     add("--dry-run", action="store_true", help="print configuration and sizes, time one training "
         "step and one DDIM step, write nothing")
     add = parser.add_argument_group("where").add_argument
@@ -2089,7 +2090,7 @@ def parse_args(argv=None):
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
     add("--seed", type=natural, help="of training, sampling and evaluation (default: 0)")
     add_training_flags(parser)
-    add = parser.add_argument_group("sampling and evaluation").add_argument
+    add = parser.add_argument_group("sampling, also in --eval").add_argument
     add("--given", nargs="+", default=[], metavar="NAME[=VALUE]",
         help="for --sample cond: modalities of the test split (mask attr) or your own "
              "(image=photo.jpg mask=mask.png attr=Smiling,Bangs text='a small red bird')")
@@ -2101,6 +2102,15 @@ def parse_args(argv=None):
     add("--top-p", type=share, default=0.0, help="captions by nucleus sampling with this mass; 0, "
         "the default, takes the most probable token each time")
     add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
+    add_evaluation_flags(parser)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def add_evaluation_flags(parser):
+    """What --eval measures, and how often."""
+    add = parser.add_argument_group("evaluation").add_argument
     add("--eval-num", type=positive(int), default=500, help="test items of --eval (default: 500)")
     add("--eval-repeats", type=positive(int), default=3, help="draws of everything that --eval "
         "generates, with seeds counting from --seed; it prints mean and deviation (default: 3)")
@@ -2108,9 +2118,6 @@ def parse_args(argv=None):
         "weights of pytorch-fid, for FID")
     add("--clip", metavar="NAME_OR_PATH", help="for --eval of cub: a CLIP model of the Hugging "
         "Face hub or a folder, for the CLIP score")
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    return args
 
 
 def add_training_flags(parser):
