@@ -242,8 +242,8 @@ class VPSDE:
         "v":          1/alpha^2, the error of v: ours, for the warm-up only.
         The n uniform numbers are one shifted regular grid: each is uniform, their mean varies less.
         """
-        u = (torch.rand(1) + torch.arange(n) / n) % 1            # (n,) in [0, 1)
-        u = u[torch.randperm(n)].to(device)
+        u = drawn(lambda n: ((torch.rand(1) + torch.arange(n) / n) % 1)[torch.randperm(n)], n)
+        u = u.to(device)                                         # (n,) in [0, 1)
         ends = self.log_snr(torch.tensor([self.t_min, 1.0], dtype=torch.float64)).tolist()
         if weighting == "likelihood":
             t = self.time_of(ends[0] + (ends[1] - ends[0]) * u)
@@ -258,7 +258,7 @@ class VPSDE:
         so lambda ||score - s_theta||^2 = lambda / sigma^2 ||eps - eps_theta||^2.
         """
         t, weight = self.draw_time(len(x0), weighting, x0.device)
-        eps = torch.randn_like(x0)
+        eps = randn_like(x0)
         x_t = per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * eps
         error = (eps - eps_net(x_t, t)).square().flatten(1).sum(1)  # (B,) [Eq. 1]
         return weight * error                                    # (B,) [Eq. 1] or [Eq. 2]
@@ -266,6 +266,30 @@ class VPSDE:
     def eps_from_v(self, v, x_t, t):
         """The noise that a prediction of v = alpha eps - sigma x_0 stands for."""
         return per_sample(self.sigma(t), x_t) * x_t + per_sample(self.alpha(t), x_t) * v
+
+
+def ranks():
+    """(number of this process, how many train together): (0, 1) but under torchrun."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def own_rows(rows):
+    """This process's share of the rows of a whole batch."""
+    rank, count = ranks()
+    n = len(rows) // count
+    return rows[rank * n:(rank + 1) * n]
+
+
+def drawn(sample, n):
+    """Random numbers for n rows: every process draws sample(rows of the whole batch) from the same
+    seed and keeps its share, so that the number of processes changes no number."""
+    return own_rows(sample(n * ranks()[1]))
+
+
+def randn_like(x):
+    return drawn(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))
 
 
 def per_sample(a, x):
@@ -420,7 +444,8 @@ class DiffMVAE(nn.Module):
         names = self.config.modalities
         mu, logvar = self.encode(x)                              # (B, M, Z)
         subsets = all_subsets(len(names)).to(mu.device)          # (S, M), omega = 1 / S
-        subset = subsets[torch.randint(len(subsets), (len(mu),)).to(mu.device)]  # (B, M)
+        codes = drawn(lambda n: torch.randint(len(subsets), (n,)), len(mu)).to(mu.device)
+        subset = subsets[codes]                                  # (B, M)
         z = gaussian_sample(*self.fuse(mu, logvar, subset))      # (B, Z) z ~ q(z|x_A)
         terms = {name: self.decoders[name].nll(z, x[name]) for name in names}
         terms["kl"] = self.mean_kl(mu, logvar, subsets)          # (B,) sum_A omega_A KL_A
@@ -485,7 +510,7 @@ class DiffMVAE(nn.Module):
 
 def gaussian_sample(mu, logvar):
     """One reparameterised draw from N(mu, exp(logvar))."""
-    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    return mu + torch.exp(0.5 * logvar) * randn_like(mu)
 
 
 def check_data(x, c):
@@ -584,15 +609,42 @@ class AuxiliaryModel(nn.Module):
 
 # === §5 Networks [Sec. 4.1] [Sec. 4.2] ===
 
+def mean_of_ranks(x):
+    """The mean of a tensor over the processes that train together, with its gradient."""
+    return torch.distributed.nn.functional.all_reduce(x) / ranks()[1]
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """nn.BatchNorm1d and 2d in one; training, with the moments of all processes' whole batch."""
+
+    def _check_input_dim(self, x):
+        """Both kinds of input will do."""
+
+    def forward(self, x):
+        if not self.training or ranks()[1] == 1:
+            return super().forward(x)
+        dims, shape = [d for d in range(x.dim()) if d != 1], (-1, *[1] * (x.dim() - 2))
+        x, n = x.float(), ranks()[1] * x.numel() // x.shape[1]
+        mean = mean_of_ranks(x.mean(dims))                       # (C,)
+        centred = x - mean.view(shape)
+        var = mean_of_ranks(centred.square().mean(dims))         # (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()           # (C,)
+        return centred * scale.view(shape) + self.bias.view(shape)
+
+
 class ResidualBlock(nn.Module):
     """conv-BN-LeakyReLU-conv-BN plus skip, LeakyReLU, as in Soft-IntroVAE (paper [4])."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
+            nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), BatchNorm(c_out),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out))
+            nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), BatchNorm(c_out))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x):
@@ -605,7 +657,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, c_in, channels, rates, c):
         super().__init__()
         layers = [nn.Conv2d(c_in, channels[0], 5, padding=2, bias=False),
-                  nn.BatchNorm2d(channels[0]), nn.LeakyReLU(0.2), nn.AvgPool2d(rates[0])]
+                  BatchNorm(channels[0]), nn.LeakyReLU(0.2), nn.AvgPool2d(rates[0])]
         for a, b, rate in zip(channels, channels[1:], rates[1:]):
             layers += [ResidualBlock(a, b), nn.AvgPool2d(rate)]
         self.body = nn.Sequential(*layers, ResidualBlock(channels[-1], channels[-1]))
@@ -637,7 +689,7 @@ def mlp(widths):
     """Linear-BatchNorm-ReLU for each pair of neighbouring widths."""
     layers = []
     for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()]
+        layers += [nn.Linear(a, b), BatchNorm(b), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -984,13 +1036,13 @@ class Data:
         return max(1, len(self.split["train"]) // size)
 
     def batch(self, size, seed, step):
-        """Training batch `step`, a function of (seed, step): every epoch is a new permutation,
-        with one of its ten captions for each picture."""
+        """Training batch `step`, a function of (seed, step), or this process's share of it: every
+        epoch is a new permutation, with one of its ten captions for each picture."""
         train = self.split["train"]
         epoch, k = divmod(step, self.batches(size))
         rng, part = np.random.default_rng((seed, epoch)), slice(k * size, (k + 1) * size)
         rows = train[rng.permutation(len(train))[part]]
-        return self.rows(rows, rng.integers(10, size=len(train))[part])
+        return self.rows(own_rows(rows), own_rows(rng.integers(10, size=len(train))[part]))
 
 
 STOPWORDS = set("a also an and are as at bird but by for from has have in is it its of on or that "
@@ -1305,7 +1357,8 @@ def full_posteriors(model, data, rows):
 def stage2_loss(model, posteriors, config, step):
     """[Sec. 3.4] the auxiliary model's loss on fresh samples of the full posterior."""
     mu, logvar = posteriors
-    rows = torch.randint(len(mu), (config.aux_batch_size,)).to(mu.device)
+    rows = drawn(lambda n: torch.randint(len(mu), (n,)), config.aux_batch_size // ranks()[1])
+    rows = rows.to(mu.device)
     return {"total": model.aux.nll(gaussian_sample(mu[rows], logvar[rows]))}
 
 
@@ -1317,7 +1370,7 @@ class Means:
 
     def add(self, values):
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().mean()
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
 
     def take(self):
@@ -1335,6 +1388,7 @@ class Run:
         self.model, self.ema = build(config, device)
         self.stage, self.step, self.optimizer_state = 1, 0, None
         self.stop = None  # the signal that asked for an end, if any
+        self.said = set()
 
     def restore(self):
         """Continue from the folder's checkpoint; lines of the log after it are dropped."""
@@ -1357,6 +1411,8 @@ class Run:
         self.log_file_of(r for r in rows if (r["stage"], r["step"]) <= (self.stage, self.step))
 
     def save(self, optimizer):
+        if ranks()[0] > 0:
+            return
         save_checkpoint(self.folder / "checkpoint.pt", {
             "format": FORMAT, "config": asdict(self.config), "stage": self.stage, "step": self.step,
             "model": self.model.state_dict(), "ema": self.ema.state_dict(),
@@ -1364,12 +1420,24 @@ class Run:
 
     def log_file_of(self, rows):
         """Start the log anew with these rows."""
+        if ranks()[0] > 0:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, **row):
+        if ranks()[0] > 0:
+            return
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps({"stage": self.stage, "step": self.step, **row}) + "\n")
+
+    def warn(self, found):
+        """Print and log every hint that has not been given yet."""
+        for name, hint in found.items():
+            if name not in self.said:
+                tqdm.write(f"*** stage {self.stage}, step {self.step}: {hint} ***")
+                self.log(hint=hint)
+                self.said.add(name)
 
 
 def finite_or_stop(run, values):
@@ -1385,48 +1453,101 @@ def seed_from(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
+def average(values):
+    """Replace tensors by their means over the processes that train together."""
+    whole = torch.cat([value.flatten() for value in values])
+    torch.distributed.all_reduce(whole)
+    for value, part in zip(values, whole.split([value.numel() for value in values])):
+        value.copy_(part.view_as(value) / ranks()[1])
+
+
 def gradient(optimizer, params, terms, grad_clip):
     """Set the gradients of the total, clipped together. -> their norm before clipping."""
     optimizer.zero_grad()
     terms["total"].mean().backward()                             # the one mean over the batch
+    if ranks()[1] > 1:
+        average([p.grad for p in params if p.grad is not None])
     return nn.utils.clip_grad_norm_(params, grad_clip)
 
 
-def fit(run, prefixes, total, loss_of, probe=None):
+def hints(history, figures, late):
+    """What looks wrong in a training though nothing fails: -> {name: one line}.
+
+    history: the stage's rows of the log; figures: those of coherence(), if just measured; late:
+    whether a fifth of the steps is behind, before which nothing of this means anything.
+    """
+    last, found = history[-1], {}
+    for name in last if len(history) >= 5 else ():
+        values = [row[name] for row in history[-5:]]
+        if max(values) - min(values) <= 1e-4 * abs(values[-1]) and abs(values[-1]) > 0.1:
+            found[name] = f"{name} has stood at {values[-1]} for five lines of the log: is it " \
+                          "cut off from the gradient, or --lr too small?"
+    if late and last.get("kl", math.inf) < 1:
+        found["kl"] = f"kl {last['kl']} nats: the posterior has collapsed to N(0, I) and z says " \
+                      "nothing of x; a smaller --beta may help"
+    for gap, term in (("gap", "image"), ("text gap", "text")):
+        if late and gap in figures and figures[gap] < 0.01 * abs(last[term]):
+            found[gap] = f"{gap} {figures[gap]} nats: the {term} decoder hardly uses z, so what " \
+                         "it makes will not fit what is given; train longer, or see Config.warmup"
+    return found
+
+
+def told_to_stop(run):
+    """Whether a signal has come, to any of the processes."""
+    if ranks()[1] > 1:
+        stop = torch.tensor(float(run.stop or 0), device=run.device)
+        torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+        run.stop = int(stop) or None
+    return run.stop
+
+
+def one_step(run, optimizer, params, pairs, loss_of, total):
+    """One step of Adam and of the averages: -> {name: mean over the batch}, and the gradient's
+    norm. UserError, before any weight changes, if they are not finite."""
+    config = run.config
+    seed_from(config.seed, run.stage, run.step)
+    with autocast(run.device):
+        terms = loss_of(run.step)                                # dict of (B,)
+    means = {name: value.detach().mean() for name, value in terms.items()}
+    if ranks()[1] > 1:
+        average(list(means.values()))
+    finite_or_stop(run, means)
+    optimizer.param_groups[0]["lr"] = learning_rate(config, run.step, total)
+    norm = gradient(optimizer, params, terms, config.grad_clip)
+    finite_or_stop(run, {"the gradient": norm})
+    optimizer.step()
+    update_ema(pairs, config.ema, run.step)
+    run.step += 1
+    return {**means, "grad_norm": norm}
+
+
+def fit(run, prefixes, total, loss_of, probe=dict):
     """Train the sub-networks named by `prefixes` until step `total`: the loop of both stages.
 
     loss_of(step) -> dict of (B,) terms with "total"; its random numbers come from (seed, stage,
-    step), so that resuming needs no generator state.
+    step), so that resuming needs no generator state. probe() -> figures now and then.
     """
-    config, device = run.config, run.device
+    config, device, first = run.config, run.device, ranks()[0] == 0
     params = [p for n, p in run.model.named_parameters() if n.startswith(prefixes)]
     pairs = ema_pairs(run.ema, run.model, prefixes)
     optimizer = torch.optim.Adam(params, config.lr, fused=device.type in ("cpu", "cuda"))
     if run.optimizer_state is not None:
         optimizer.load_state_dict(run.optimizer_state)
         run.optimizer_state = None
-    means, start = Means(), time.time()
+    means, start, history = Means(), time.time(), []
     run.model.train()
-    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", mininterval=1)
-    while run.step < total and not run.stop:
-        seed_from(config.seed, run.stage, run.step)
-        with autocast(device):
-            terms = loss_of(run.step)                            # dict of (B,)
-        finite_or_stop(run, terms)
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(config, run.step, total)
-        norm = gradient(optimizer, params, terms, config.grad_clip)
-        finite_or_stop(run, {"the gradient": norm})
-        optimizer.step()
-        update_ema(pairs, config.ema, run.step)
-        run.step += 1
+    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", mininterval=1,
+               disable=not first)
+    while run.step < total and not told_to_stop(run):
+        means.add(one_step(run, optimizer, params, pairs, loss_of, total))
         bar.update()
-        means.add({**terms, "grad_norm": norm})
         if run.step % config.log_every == 0 or run.step == total:
-            row = means.take()
-            run.log(**row, lr=lr, seconds=round(time.time() - start, 1))
-            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
-        if probe and (run.step % config.probe_every == 0 or run.step == total):
-            probe()
+            history.append(means.take())
+            run.log(**history[-1], lr=optimizer.param_groups[0]["lr"],
+                    seconds=round(time.time() - start, 1))
+            bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items()})
+        if first and history and (run.step % config.probe_every == 0 or run.step == total):
+            run.warn(hints(history, probe(), late=5 * run.step >= total))
         if run.step % config.save_every == 0:
             run.save(optimizer)
     bar.close()
@@ -1489,6 +1610,7 @@ def train(run, data):
         name = run.folder / "samples" / f"train-{run.step:06d}.png"
         sample_pictures(run.ema, data, name, [config.modalities[1]], 4, config.seed,
                         dict(sampler="dpm++", steps=10), quiet=True)
+        return figures
 
     if run.stage == 1:
         fit(run, ("encoders.", "decoders."), config.steps,
@@ -2350,8 +2472,14 @@ def dry_run(config, data, device, text_init):
 
 def run_training(args, config, data, folder, device):
     """--train: start or continue the run in `folder`. -> 0, or 130/143 when told to stop."""
+    for name in ("batch_size", "aux_batch_size"):
+        if getattr(config, name) % ranks()[1]:
+            raise UserError(f"{name} {getattr(config, name)} does not divide by {ranks()[1]} "
+                            "processes")
     run = Run(folder, config, device)
     print(f"{folder}: parameters: {parameter_counts(run.model)}")
+    if ranks()[1] > 1:
+        torch.distributed.barrier()  # all have looked for a checkpoint before there is one
     if args.resume:
         run.restore()
     else:
@@ -2373,8 +2501,9 @@ def run_training(args, config, data, folder, device):
         for s, handler in before.items():
             signal.signal(s, handler)
     if run.stop:
-        print(f"{folder}: stopped and saved at stage {run.stage}, step {run.step}; go on with "
-              "--resume", file=sys.stderr)
+        if ranks()[0] == 0:
+            print(f"{folder}: stopped and saved at stage {run.stage}, step {run.step}; go on with "
+                  "--resume", file=sys.stderr)
         return 128 + run.stop
     print(f"{folder}/checkpoint.pt: trained")
     return 0
@@ -2416,18 +2545,46 @@ def run_evaluation(args, model, data, folder):
         {**settings, "figures": figures, "config": config}, indent=1))
 
 
+def join_ranks(args):
+    """Under torchrun, meet the other processes: one for each GPU, or all on the CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if not args.train:
+        raise UserError("torchrun: only --train uses several processes; sample and evaluate "
+                        "without it")
+    if int(os.environ["RANK"]) > 0:
+        sys.stdout = open(os.devnull, "w")
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(pick_device(args.device))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+
+def leave_ranks():
+    """The end of training together. -> whether this process goes on: number 0 does, alone."""
+    rank, count = ranks()
+    if count > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return rank == 0
+
+
 def main(argv=None):
     """The command line: -> exit code; 2 after one line on stderr for anything the user can mend."""
     args = parse_args(argv)
     try:  # first what is wrong with --given, before any training
+        join_ranks(args)
         read_given(args.given, Config(dataset=args.dataset, image_size=8))
         device, data, config, folder = choose(args)
         if args.dry_run:
             print(json.dumps({**asdict(config), "tokenizers": len(config.tokenizers)}))
             dry_run(config, data, device, args.text_init)
             return 0
-        if args.train and (code := run_training(args, config, data, folder, device)):
-            return code
+        if args.train:
+            code = run_training(args, config, data, folder, device)
+            if not leave_ranks() or code:
+                return code
         if args.sample or args.eval:
             model = load(folder / "checkpoint.pt", device)
             if model.config.image_size != data.size:
@@ -2438,7 +2595,8 @@ def main(argv=None):
         if args.eval:
             run_evaluation(args, model, data, folder)
     except (UserError, OSError) as error:
-        print(f"diffmvae.py: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"diffmvae.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("diffmvae.py: interrupted", file=sys.stderr)

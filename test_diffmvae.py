@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1357,6 +1358,38 @@ def test_text_gap_tells_a_decoder_that_ignores_z(tmp_path):
     assert figures[right] == 3.0 and figures[wrong] == 10.0
 
 
+def test_hints_name_what_is_wrong():
+    """A term that stands still, a collapsed posterior, decoders that ignore z: each named, and
+    only when it means something; a healthy training gets none."""
+    healthy = [{"image": 400.0 - k, "text": 30.0 - k, "attr": 0.021, "kl": 90.0 + k}
+               for k in range(6)]
+    figures = {"gap": 50.0, "text gap": 4.0}
+    assert D.hints(healthy, figures, True) == {}
+
+    def names(late=True, figures=figures, **changes):
+        return set(D.hints([{**row, **changes} for row in healthy], figures, late))
+    assert names(image=400.0) == {"image"} and names(late=False, image=400.0) == {"image"}
+    assert names(kl=0.5) == {"kl"} and names(late=False, kl=0.02) == set()
+    assert names(figures={"gap": 1.0, "text gap": 4.0}) == {"gap"}
+    assert names(figures={"gap": -1.0, "text gap": 0.1}) == {"gap", "text gap"}
+    assert names(late=False, figures={"gap": 1.0}) == set()
+    assert D.hints(healthy[:1] * 4, {}, True) == {} != D.hints(healthy[:1] * 5, {}, True)
+
+
+def test_training_gives_each_hint_once(tmp_path, capsys):
+    """A model whose KL is 0 from the start: said on the screen and in the log, once."""
+    run, data = start(tmp_path, steps=10, probe_every=2, decoder="feedforward")
+    for model in (run.model, run.ema):
+        model.mean_kl = lambda mu, logvar, subsets: 0.0 * mu[:, 0, 0]
+    D.train(run, data)
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    hints = [row["hint"] for row in rows if "hint" in row]
+    assert sum("collapsed" in hint for hint in hints) == 1
+    assert capsys.readouterr().out.count("collapsed") == 1
+    step = next(row["step"] for row in rows if "collapsed" in row.get("hint", ""))
+    assert step == 2                                             # a fifth of the steps
+
+
 # === §6 Data preparation ===
 
 def draw_raw(folder, n=12, mapping=True, size=64):
@@ -2544,6 +2577,58 @@ def test_command_stops_on_signals_and_resumes(tmp_path):
     assert result.returncode == 2 and "auxiliary model is not trained yet" in result.stderr
     result = command(tmp_path, "--sample cond --given mask --num 1 --sampler-steps 1")
     assert result.returncode == 0 and "training is not finished (stage 1" in result.stderr
+
+
+def torchrun(folder, count, flags):
+    """The command as `count` processes on the CPU, float32, a line of the log every step."""
+    script = folder / "short.py"
+    script.write_text(SHORT.replace("sys.exit", "D.SMALL['log_every'] = 1; "
+                                    "D.has_fast_bf16 = lambda device: False; sys.exit"))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+         "--master-port", str(29500 + os.getpid() % 1000), "--", str(script), *shlex.split(flags)],
+        cwd=folder, capture_output=True, text=True, env={**PATHS, "OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_equals_one_process(tmp_path):
+    """Two processes: the losses and gradients of one with the same whole batch, over 20 steps and
+    the second stage; one writes; --resume goes on; a picture at the end is made once."""
+    flags = "--dataset celeba --train --aux-steps 3 --batch-size 8 "
+    logs = []
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        result = torchrun(tmp_path / str(count), count, flags + "--steps 20 --sample uncond "
+                          "--num 1 --sampler-steps 1")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("checkpoint.pt: trained") == 1 == result.stdout.count("1 rows")
+        rows = open(tmp_path / str(count) / "runs/celeba-toy/log.jsonl").read().splitlines()
+        logs.append([row for row in map(json.loads, rows) if "lr" in row])
+    assert [len(log) for log in logs] == [23, 23]
+    for one, two in zip(*logs):
+        assert (one["stage"], one["step"]) == (two["stage"], two["step"])
+        close = 1e-4 if one["stage"] == 1 and one["step"] <= 8 else 1e-2  # Adam amplifies rounding
+        for name in set(one) - {"seconds"}:
+            assert two[name] == pytest.approx(one[name], rel=close), (name, one, two)
+    shutil.copytree(tmp_path / "2/runs", tmp_path / "2/whole")
+    result = torchrun(tmp_path / "2", 2, flags + "--steps 20 --resume")
+    assert result.returncode == 0, result.stderr
+    before, after = (weights(tmp_path / "2" / f / "celeba-toy") for f in ("whole", "runs"))
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    for flags, words in (("--train --batch-size 3", "does not divide by 2"),
+                         ("--sample uncond", "only --train uses several")):
+        result = torchrun(tmp_path / "1", 2, f"--dataset celeba --run=other {flags}")
+        assert result.returncode != 0 and result.stderr.count(words) == 1, result.stderr
+
+
+def test_batch_norm_of_one_process_is_pytorchs():
+    """Both kinds of input, training and evaluation: values, statistics, names of the weights."""
+    torch.manual_seed(0)
+    for x, theirs in ((torch.randn(8, 4, 3, 3), nn.BatchNorm2d(4)),
+                      (torch.randn(8, 4), nn.BatchNorm1d(4))):
+        ours = D.BatchNorm(4)
+        ours.load_state_dict(theirs.state_dict())
+        assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.eval()(x), theirs.eval()(x))
+        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
 
 
 def test_command_on_prepared_data(tmp_path):
