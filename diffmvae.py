@@ -19,6 +19,7 @@ Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         python diffmvae.py --dataset celeba --sample cond --given mask=face.png attr=Smiling,Bangs
         python diffmvae.py --dataset celeba --sample uncond
         python diffmvae.py --dataset celeba --eval
+        python diffmvae.py --dataset celeba --train --decoder feedforward    (a baseline, MoPoE*)
         python diffmvae.py --dataset cub --train --sample cond --given text="a small red bird"
         Without prepared data (data_prep.py) it draws its own toy faces, or birds with captions.
         --help lists all flags.
@@ -62,6 +63,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -242,8 +244,10 @@ class VPSDE:
         "v":          1/alpha^2, the error of v: ours, for the warm-up only.
         The n uniform numbers are one shifted regular grid: each is uniform, their mean varies less.
         """
-        u = drawn(lambda n: ((torch.rand(1) + torch.arange(n) / n) % 1)[torch.randperm(n)], n)
-        u = u.to(device)                                         # (n,) in [0, 1)
+        def grid(n):
+            return ((torch.rand(1) + torch.arange(n) / n) % 1)[torch.randperm(n)]
+
+        u = drawn(grid, n).to(device)                            # (n,) in [0, 1)
         ends = self.log_snr(torch.tensor([self.t_min, 1.0], dtype=torch.float64)).tolist()
         if weighting == "likelihood":
             t = self.time_of(ends[0] + (ends[1] - ends[0]) * u)
@@ -266,30 +270,6 @@ class VPSDE:
     def eps_from_v(self, v, x_t, t):
         """The noise that a prediction of v = alpha eps - sigma x_0 stands for."""
         return per_sample(self.sigma(t), x_t) * x_t + per_sample(self.alpha(t), x_t) * v
-
-
-def ranks():
-    """(number of this process, how many train together): (0, 1) but under torchrun."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def own_rows(rows):
-    """This process's share of the rows of a whole batch."""
-    rank, count = ranks()
-    n = len(rows) // count
-    return rows[rank * n:(rank + 1) * n]
-
-
-def drawn(sample, n):
-    """Random numbers for n rows: every process draws sample(rows of the whole batch) from the same
-    seed and keeps its share, so that the number of processes changes no number."""
-    return own_rows(sample(n * ranks()[1]))
-
-
-def randn_like(x):
-    return drawn(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))
 
 
 def per_sample(a, x):
@@ -609,13 +589,9 @@ class AuxiliaryModel(nn.Module):
 
 # === §5 Networks [Sec. 4.1] [Sec. 4.2] ===
 
-def mean_of_ranks(x):
-    """The mean of a tensor over the processes that train together, with its gradient."""
-    return torch.distributed.nn.functional.all_reduce(x) / ranks()[1]
-
-
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """nn.BatchNorm1d and 2d in one; training, with the moments of all processes' whole batch."""
+    """nn.BatchNorm1d and 2d in one; training, with the moments of all processes' whole batch.
+    (PyTorch's SyncBatchNorm does not take tensors on the CPU.)"""
 
     def _check_input_dim(self, x):
         """Both kinds of input will do."""
@@ -624,16 +600,16 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or ranks()[1] == 1:
             return super().forward(x)
         dims, shape = [d for d in range(x.dim()) if d != 1], (-1, *[1] * (x.dim() - 2))
-        x, n = x.float(), ranks()[1] * x.numel() // x.shape[1]
-        mean = mean_of_ranks(x.mean(dims))                       # (C,)
+        dtype, x, n = x.dtype, x.float(), ranks()[1] * x.numel() // x.shape[1]
+        mean = MeanOfRanks.apply(x.mean(dims))                   # (C,)
         centred = x - mean.view(shape)
-        var = mean_of_ranks(centred.square().mean(dims))         # (C,)
+        var = MeanOfRanks.apply(centred.square().mean(dims))     # (C,)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()           # (C,)
-        return centred * scale.view(shape) + self.bias.view(shape)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -1224,6 +1200,61 @@ def load_text_weights(model, sources):
 
 # === §7 Training ===
 
+def ranks():
+    """(number of this process, how many train together): (0, 1) but under torchrun."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def own_rows(rows):
+    """This process's share of the rows of a whole batch."""
+    rank, count = ranks()
+    n = len(rows) // count
+    return rows[rank * n:(rank + 1) * n]
+
+
+def drawn(sample, n):
+    """Random numbers for n rows. In training every process draws sample(rows of the whole batch)
+    from the same seed and keeps its share, so that their number changes none of them."""
+    return own_rows(sample(n * ranks()[1])) if torch.is_grad_enabled() else sample(n)
+
+
+def randn_like(x):
+    return drawn(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))
+
+
+def average(values):
+    """Replace tensors by their means over the processes that train together."""
+    if ranks()[1] > 1:
+        whole = torch.cat([value.flatten() for value in values])
+        torch.distributed.all_reduce(whole)
+        for value, part in zip(values, whole.split([value.numel() for value in values])):
+            value.copy_(part.view_as(value) / ranks()[1])
+
+
+class MeanOfRanks(torch.autograd.Function):
+    """The mean of a tensor over the processes; the same is the backward of it."""
+
+    @staticmethod
+    def forward(context, x):
+        x = x.clone()
+        average([x])
+        return x
+
+    backward = forward
+
+
+def told_to_stop(run):
+    """Whether a signal has come, to any of the processes; all of them get the same answer."""
+    if ranks()[1] == 1:
+        return run.stop
+    stop = torch.tensor(float(run.stop or 0), device=run.device)
+    torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+    run.stop = int(stop) or run.stop  # one that came meanwhile counts the next time
+    return int(stop)
+
+
 def has_fast_bf16(device):
     """Whether the hardware multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
@@ -1434,10 +1465,10 @@ class Run:
     def warn(self, found):
         """Print and log every hint that has not been given yet."""
         for name, hint in found.items():
-            if name not in self.said:
+            if (self.stage, name) not in self.said:
                 tqdm.write(f"*** stage {self.stage}, step {self.step}: {hint} ***")
                 self.log(hint=hint)
-                self.said.add(name)
+                self.said.add((self.stage, name))
 
 
 def finite_or_stop(run, values):
@@ -1453,52 +1484,45 @@ def seed_from(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def average(values):
-    """Replace tensors by their means over the processes that train together."""
-    whole = torch.cat([value.flatten() for value in values])
-    torch.distributed.all_reduce(whole)
-    for value, part in zip(values, whole.split([value.numel() for value in values])):
-        value.copy_(part.view_as(value) / ranks()[1])
-
-
 def gradient(optimizer, params, terms, grad_clip):
     """Set the gradients of the total, clipped together. -> their norm before clipping."""
     optimizer.zero_grad()
     terms["total"].mean().backward()                             # the one mean over the batch
-    if ranks()[1] > 1:
-        average([p.grad for p in params if p.grad is not None])
+    average([p.grad for p in params if p.grad is not None])
     return nn.utils.clip_grad_norm_(params, grad_clip)
 
 
-def hints(history, figures, late):
+def hints(history, figures):
     """What looks wrong in a training though nothing fails: -> {name: one line}.
 
-    history: the stage's rows of the log; figures: those of coherence(), if just measured; late:
-    whether a fifth of the steps is behind, before which nothing of this means anything.
+    history: rows of the log, of one stage; figures: those of coherence(), {} in stage 2.
     """
-    last, found = history[-1], {}
-    for name in last if len(history) >= 5 else ():
-        values = [row[name] for row in history[-5:]]
-        if max(values) - min(values) <= 1e-4 * abs(values[-1]) and abs(values[-1]) > 0.1:
-            found[name] = f"{name} has stood at {values[-1]} for five lines of the log: is it " \
-                          "cut off from the gradient, or --lr too small?"
-    if late and last.get("kl", math.inf) < 1:
-        found["kl"] = f"kl {last['kl']} nats: the posterior has collapsed to N(0, I) and z says " \
-                      "nothing of x; a smaller --beta may help"
-    for gap, term in (("gap", "image"), ("text gap", "text")):
-        if late and gap in figures and figures[gap] < 0.01 * abs(last[term]):
-            found[gap] = f"{gap} {figures[gap]} nats: the {term} decoder hardly uses z, so what " \
-                         "it makes will not fit what is given; train longer, or see Config.warmup"
+    first, last, found = history[0], history[-1], {}
+    for name in ("mask", "attr", "text") if figures else ("total",):
+        if name in last and len(history) >= 5 and \
+                sum(row[name] for row in history[-5:]) / 5 > 0.98 * first[name] > 0:
+            found[name] = f"{name} {last[name]} has not fallen since the start: is it cut off " \
+                          "from the gradient, or --lr wrong?"
+    if figures.get("information", math.inf) < 1:
+        found["information"] = f"z holds {figures['information']} nats of x: the posterior has " \
+                               "collapsed; a smaller --beta may help"
+    for part in ("image", "text"):
+        gap = f"{part} gap".removeprefix("image ")
+        if gap in figures and figures[gap] < 0.01 * abs(figures[f"{part} nll"]):
+            found[gap] = f"{gap} {figures[gap]} nats of {figures[f'{part} nll']}: the {part} " \
+                         "decoder hardly uses z, and what it makes will not fit what is given; " \
+                         "longer training or a larger warm-up (image) or weight (text) may help"
     return found
 
 
-def told_to_stop(run):
-    """Whether a signal has come, to any of the processes."""
-    if ranks()[1] > 1:
-        stop = torch.tensor(float(run.stop or 0), device=run.device)
-        torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
-        run.stop = int(stop) or None
-    return run.stop
+def without_gradient(model, prefixes):
+    """Names of the sub-networks that the last step gave no gradient."""
+    alive = {}
+    for name, p in model.named_parameters():
+        if name.startswith(prefixes):
+            part = ".".join(name.split(".")[:2])
+            alive[part] = alive.get(part, False) or p.grad is not None and bool(p.grad.any())
+    return {part: f"{part} gets no gradient" for part, moves in alive.items() if not moves}
 
 
 def one_step(run, optimizer, params, pairs, loss_of, total):
@@ -1509,8 +1533,7 @@ def one_step(run, optimizer, params, pairs, loss_of, total):
     with autocast(run.device):
         terms = loss_of(run.step)                                # dict of (B,)
     means = {name: value.detach().mean() for name, value in terms.items()}
-    if ranks()[1] > 1:
-        average(list(means.values()))
+    average(list(means.values()))
     finite_or_stop(run, means)
     optimizer.param_groups[0]["lr"] = learning_rate(config, run.step, total)
     norm = gradient(optimizer, params, terms, config.grad_clip)
@@ -1546,8 +1569,10 @@ def fit(run, prefixes, total, loss_of, probe=dict):
             run.log(**history[-1], lr=optimizer.param_groups[0]["lr"],
                     seconds=round(time.time() - start, 1))
             bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items()})
-        if first and history and (run.step % config.probe_every == 0 or run.step == total):
-            run.warn(hints(history, probe(), late=5 * run.step >= total))
+        if first and (run.step % config.probe_every == 0 or run.step == total):
+            figures = probe()
+            if history and 5 * run.step >= total:  # before, none of them means anything
+                run.warn({**hints(history, figures), **without_gradient(run.model, prefixes)})
         if run.step % config.save_every == 0:
             run.save(optimizer)
     bar.close()
@@ -1567,8 +1592,9 @@ def coherence(model, data, rows):
     """Figures that show what losses do not, on held-out rows of the data: -> dict of floats.
     Seeds PyTorch anew.
 
-    "gap" (nats): how much worse the image decoder does with the z of another sample; near 0 it
-    ignores z. "text nll": of the text decoder, nats a caption; "text gap": its gap. "mask->image"
+    "information" (nats): what z tells of x, for Gaussian means; near 0 the posterior collapsed.
+    "gap" (nats): how much worse than "image nll" the image decoder does with the z of another
+    sample; near 0 it ignores z. "text nll", "text gap": the same of captions. "mask->image"
     and so on (F1): the image made from that modality, read by the model's own encoder, against
     what was given. "image->mask" and so on (F1): what it reads off a real image, against the
     truth; of text, that is what the first caption says.
@@ -1586,11 +1612,13 @@ def coherence(model, data, rows):
         return model.decoders[name].nll(z, x[name]).mean().item()
 
     with autocast(data.device):
-        z = gaussian_sample(*model.posterior(x))
-        figures = {"gap": nll("image", z.roll(1, 0)) - nll("image", z)}
-        if "text" in names:
-            figures["text nll"] = nll("text", z)
-            figures["text gap"] = nll("text", z.roll(1, 0)) - figures["text nll"]
+        mu, logvar = model.posterior(x)
+        z, spread = gaussian_sample(mu, logvar), mu.var(0) / logvar.exp().mean(0)  # (B, Z), (Z,)
+        figures = {"information": 0.5 * spread.log1p().sum().item()}
+        for name in [n for n in ("image", "text") if n in names]:
+            figures[f"{name} nll"] = nll(name, z)
+            figures[f"{name} gap".removeprefix("image ")] = \
+                nll(name, z.roll(1, 0)) - figures[f"{name} nll"]
         for name in names[1:]:
             made = model.sample_conditional({name: x[name]}, sampler="dpm++", steps=10)["image"]
             figures[f"{name}->image"] = f1(made, name)
@@ -1615,7 +1643,7 @@ def train(run, data):
     if run.stage == 1:
         fit(run, ("encoders.", "decoders."), config.steps,
             lambda step: stage1_loss(run.model, data, config, step), probe)
-        if run.stop:
+        if told_to_stop(run):
             return
         run.stage, run.step = 2, 0
     posteriors = full_posteriors(run.ema, data, data.split["train"])
@@ -2472,10 +2500,10 @@ def dry_run(config, data, device, text_init):
 
 def run_training(args, config, data, folder, device):
     """--train: start or continue the run in `folder`. -> 0, or 130/143 when told to stop."""
-    for name in ("batch_size", "aux_batch_size"):
-        if getattr(config, name) % ranks()[1]:
-            raise UserError(f"{name} {getattr(config, name)} does not divide by {ranks()[1]} "
-                            "processes")
+    rows = min(config.batch_size, len(data.split["train"]))
+    if rows % ranks()[1]:
+        raise UserError(f"a batch of {rows} does not divide by {ranks()[1]} processes; take "
+                        f"--batch-size {rows - rows % ranks()[1]}")
     run = Run(folder, config, device)
     print(f"{folder}: parameters: {parameter_counts(run.model)}")
     if ranks()[1] > 1:
@@ -2547,18 +2575,21 @@ def run_evaluation(args, model, data, folder):
 
 def join_ranks(args):
     """Under torchrun, meet the other processes: one for each GPU, or all on the CPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not torch.distributed.is_torchelastic_launched():
         return
-    if not args.train:
-        raise UserError("torchrun: only --train uses several processes; sample and evaluate "
-                        "without it")
+    if not args.train or args.dry_run or args.device not in (None, "cpu", "cuda"):
+        raise UserError("torchrun: is for --train, on all GPUs or with --device cpu; the rest "
+                        "runs without it")
+    cuda, local = torch.cuda.is_available() and args.device != "cpu", os.environ["LOCAL_RANK"]
+    if cuda and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        raise UserError(f"torchrun: {torch.cuda.device_count()} GPUs, not "
+                        f"{os.environ['LOCAL_WORLD_SIZE']}")
     if int(os.environ["RANK"]) > 0:
         sys.stdout = open(os.devnull, "w")
-    cuda = torch.cuda.is_available() and args.device != "cpu"
     if cuda:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(pick_device(args.device))
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        args.device = f"cuda:{local}"
+        torch.cuda.set_device(int(local))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
 
 
 def leave_ranks():
@@ -2595,7 +2626,7 @@ def main(argv=None):
         if args.eval:
             run_evaluation(args, model, data, folder)
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if not torch.distributed.is_torchelastic_launched() or os.environ["RANK"] == "0":
             print(f"diffmvae.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
