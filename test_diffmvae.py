@@ -306,7 +306,7 @@ def test_samplers_point_mass(sampler, steps, tolerance):
     ("ddim", 400, 0.02), ("dpm++", 60, 0.02), ("ddpm", 400, 0.02), ("euler-maruyama", 800, 0.03)])
 def test_samplers_gaussian(sampler, steps, tolerance):
     """Data N(0.3, 0.25): mean and variance come back."""
-    x = draw(sampler, steps, gaussian_eps(0.3, 0.25), n=8000)
+    x = draw(sampler, steps, gaussian_eps(0.3, 0.25), n=4000)
     assert x.mean().item() == pytest.approx(0.3, abs=0.03)
     assert x.var().item() == pytest.approx(0.25, abs=tolerance)
 
