@@ -174,7 +174,8 @@ def kl_to_standard_normal(mu, logvar):
 
 
 def kl_between(mu, logvar, other_mu, other_logvar):
-    """KL(N(mu, exp(logvar)) || N(other_mu, exp(other_logvar))) in nats: (..., Z) -> (...)."""
+    """KL(N(mu, exp(logvar)) || N(other_mu, exp(other_logvar))) in nats: (..., Z) -> (...), dims
+    summed. Only the baseline MVTCAE needs it."""
     ratio = (logvar - other_logvar).exp() + (mu - other_mu).square() * torch.exp(-other_logvar)
     return 0.5 * (ratio - 1 + other_logvar - logvar).sum(-1)
 
@@ -1215,12 +1216,13 @@ def own_rows(rows):
 
 
 def drawn(sample, n):
-    """Random numbers for n rows. In training every process draws sample(rows of the whole batch)
-    from the same seed and keeps its share, so that their number changes none of them."""
+    """Random numbers for n rows: sample(n). In training with several processes each draws those of
+    the whole batch, from one seed, and keeps its share: they are the numbers of one process."""
     return own_rows(sample(n * ranks()[1])) if torch.is_grad_enabled() else sample(n)
 
 
 def randn_like(x):
+    """Standard normal numbers of x's shape (B, ...), see drawn."""
     return drawn(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))
 
 
@@ -1419,7 +1421,7 @@ class Run:
         self.model, self.ema = build(config, device)
         self.stage, self.step, self.optimizer_state = 1, 0, None
         self.stop = None  # the signal that asked for an end, if any
-        self.said = set()
+        self.said = set()  # (stage, name) of the hints already given
 
     def restore(self):
         """Continue from the folder's checkpoint; lines of the log after it are dropped."""
@@ -1492,6 +1494,9 @@ def gradient(optimizer, params, terms, grad_clip):
     return nn.utils.clip_grad_norm_(params, grad_clip)
 
 
+GAPS = {"image": "gap", "text": "text gap"}  # how coherence() names them, by decoder
+
+
 def hints(history, figures):
     """What looks wrong in a training though nothing fails: -> {name: one line}.
 
@@ -1506,8 +1511,7 @@ def hints(history, figures):
     if figures.get("information", math.inf) < 1:
         found["information"] = f"z holds {figures['information']} nats of x: the posterior has " \
                                "collapsed; a smaller --beta may help"
-    for part in ("image", "text"):
-        gap = f"{part} gap".removeprefix("image ")
+    for part, gap in GAPS.items():
         if gap in figures and figures[gap] < 0.01 * abs(figures[f"{part} nll"]):
             found[gap] = f"{gap} {figures[gap]} nats of {figures[f'{part} nll']}: the {part} " \
                          "decoder hardly uses z, and what it makes will not fit what is given; " \
@@ -1615,10 +1619,10 @@ def coherence(model, data, rows):
         mu, logvar = model.posterior(x)
         z, spread = gaussian_sample(mu, logvar), mu.var(0) / logvar.exp().mean(0)  # (B, Z), (Z,)
         figures = {"information": 0.5 * spread.log1p().sum().item()}
-        for name in [n for n in ("image", "text") if n in names]:
-            figures[f"{name} nll"] = nll(name, z)
-            figures[f"{name} gap".removeprefix("image ")] = \
-                nll(name, z.roll(1, 0)) - figures[f"{name} nll"]
+        for name, gap in GAPS.items():
+            if name in names:
+                figures[f"{name} nll"] = nll(name, z)
+                figures[gap] = nll(name, z.roll(1, 0)) - figures[f"{name} nll"]
         for name in names[1:]:
             made = model.sample_conditional({name: x[name]}, sampler="dpm++", steps=10)["image"]
             figures[f"{name}->image"] = f1(made, name)
@@ -2228,6 +2232,7 @@ class Evaluation:
 
 
 def mean_f1(pred, target):
+    """Mean of f1_samples over the items: a number."""
     return f1_samples(pred, target).mean().item()
 
 
