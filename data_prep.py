@@ -27,7 +27,11 @@ import re
 import shutil
 import signal
 import sys
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -401,7 +405,7 @@ def read_attributes(path):
         if len(values) != len(names) or set(values) - {"-1", "1"} or not file[:-4].isdigit():
             raise DataError(f"{path}: line {number} is not 'k.jpg' and {len(names)} times -1 or 1")
         rows[int(file[:-4])] = np.array([values[c] == "1" for c in columns], np.uint8)
-    if lines[0].strip() != str(len(rows)):
+    if not rows or lines[0].strip() != str(len(rows)):
         raise DataError(f"{path}: line 1 says {lines[0].strip()} images, {len(rows)} rows follow; "
                         "the file is cut short or edited")
     return rows
@@ -479,9 +483,15 @@ def check_layout(raw):
     if absent:
         raise DataError(f"{raw / IMAGES}: {len(absent)} of {len(rows)} images are missing, the "
                         f"first is {absent[0]}.jpg; extract the archive again")
+    folders = [folder for folder in (raw / MASKS).iterdir() if folder.is_dir()]
+    masked = {name[:5] for folder in folders for name in os.listdir(folder)}
+    bare = [k for k in sorted(rows) if f"{k:05d}" not in masked]
+    if bare:
+        raise DataError(f"{raw / MASKS}: {len(bare)} of {len(rows)} faces have no mask, the first "
+                        f"is {bare[0]} ({bare[0]:05d}_*.png); extract the archive again")
     path = raw / MAPPING_FILE
     mapping = read_mapping(path) if path.exists() else None
-    unmapped = sorted(rows.keys() - (mapping or rows).keys())
+    unmapped = sorted(rows.keys() - (rows if mapping is None else mapping).keys())
     if unmapped:
         raise DataError(f"{path}: no line for {len(unmapped)} images, the first is {unmapped[0]}")
     return rows, mapping, sorted(rows)
@@ -674,6 +684,27 @@ def attempt(read, task):
         return str(error)
 
 
+def start_worker(parent):
+    """Ctrl-C is for the parent process to handle; when that is gone, killed even, so is this."""
+    def follow():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def in_parallel(read, tasks):
+    """Yields read(*task), or the message of its DataError, for each task in order."""
+    pool = ProcessPoolExecutor(os.cpu_count(), None, start_worker, (os.getpid(),))
+    try:
+        yield from pool.map(attempt, repeat(read), tasks, chunksize=8)
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed; is the memory full? Run it again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def write_rows(folder, shapes, read, tasks, skip_bad):
     """Read the tasks in worker processes and append what they give to <folder>/<name>.npy.
 
@@ -683,73 +714,85 @@ def write_rows(folder, shapes, read, tasks, skip_bad):
     """
     writers = [ArrayWriter(folder / f"{name}.npy", shape) for name, shape in shapes.items()]
     kept, bad, digest = [], [], hashlib.sha256()
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(os.cpu_count(), **quiet) as pool:  # Ctrl-C is the parent's to handle
-        results = pool.map(attempt, repeat(read), tasks, chunksize=8)
-        for number, result in enumerate(tqdm(results, total=len(tasks), unit="img")):
+    with closing(in_parallel(read, tasks)) as results, \
+            tqdm(results, total=len(tasks), unit="img") as bar:
+        for number, result in enumerate(bar):
             if isinstance(result, str):
                 bad.append(result)
                 if not skip_bad:
-                    pool.shutdown(cancel_futures=True)
                     raise DataError(result + " (or leave it out with --skip-bad)")
                 continue
             for writer, row in zip(writers, result):
                 writer.append(row)
             digest.update(result[-1].encode())
             kept.append(number)
+    if not kept:
+        raise DataError(f"none of the {len(bad)} pictures can be read; the first: {bad[0]}")
     for writer in writers:
         writer.close()
     return kept, bad, digest.hexdigest()
 
 
-def new_partial(out):
-    """An empty folder <out>.partial: what is interrupted stays there, until the next run."""
-    folder = out.with_name(out.name + ".partial")
+@contextmanager
+def complete_or_nothing(out, need):
+    """A folder <out>.partial for `need` bytes of arrays; it becomes `out` if all goes well.
+
+    Else it is removed, and kill -9 leaves it to the next run. DataError if it cannot be written.
+    """
+    folder, place = out.with_name(out.name + ".partial"), f"{out}: {need / 1e6:.2f} MB"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+    try:
+        folder.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise DataError(f"{place} needed, {free / 1e6:.2f} MB free; make room or take another "
+                            "--out")
+        yield folder
+        os.replace(folder, out)
+    except OSError as error:
+        raise DataError(f"{place} needed, but it cannot be written ({error.strerror or error}); "
+                        "nothing is kept") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare_celeba(raw, out, size=128, skip_bad=False):
-    """Raw CelebAMask-HQ -> the arrays of `out`; see the head of this file. Raises DataError.
-
-    Everything is written to `<out>.partial`, renamed when complete; an interrupted run leaves
-    only that folder, which the next run replaces.
-    """
+    """Raw CelebAMask-HQ -> the arrays of `out`; see the head of this file. Raises DataError."""
     rows, mapping, ids = check_layout(raw)
-    folder = new_partial(out)
-    kept, bad, digest = write_rows(
-        folder, {"image": (size, size, 3), "mask": (size, size)}, read_face,
-        [(raw, k, size) for k in ids], skip_bad)
-    ids = [ids[number] for number in kept]
-    attr = ArrayWriter(folder / "attr.npy", (len(ATTRIBUTES),))
-    for k in ids:
-        attr.append(rows[k])
-    attr.close()
     sources = {name: sha256(raw / name)
                for name in (ATTRIBUTE_FILE, MAPPING_FILE) if (raw / name).exists()}
-    finish(folder, out, split_of(ids, mapping), {
-        "dataset": "celeba", "size": size, "attributes": ATTRIBUTES, "ids": ids,
-        "official_split": mapping is not None, "skipped": bad,
-        "sha256": {**sources, "images and masks": digest}})
+    with complete_or_nothing(out, len(ids) * (4 * size ** 2 + len(ATTRIBUTES))) as folder:
+        kept, bad, digest = write_rows(
+            folder, {"image": (size, size, 3), "mask": (size, size)}, read_face,
+            [(raw, k, size) for k in ids], skip_bad)
+        ids = [ids[number] for number in kept]
+        attr = ArrayWriter(folder / "attr.npy", (len(ATTRIBUTES),))
+        for k in ids:
+            attr.append(rows[k])
+        attr.close()
+        write_meta(folder, split_of(ids, mapping), {
+            "dataset": "celeba", "size": size, "attributes": ATTRIBUTES, "ids": ids,
+            "official_split": mapping is not None, "skipped": bad,
+            "sha256": {**sources, "images and masks": digest}})
+    report(out)
 
 
 def prepare_cub(raw, out, size=64, skip_bad=False):
     """Raw CUB in either layout -> the files of `out`, as prepare_celeba does. Raises DataError."""
-    birds = read_cub(raw)
-    folder = new_partial(out)
-    kept, bad, digest = write_rows(folder, {"image": (size, size, 3)}, read_bird,
-                                   [(path, size) for path in birds.paths.values()], skip_bad)
-    every = list(birds.paths)
-    names = [every[number] for number in kept]
-    write_json(folder / "text.json", [birds.captions[name] for name in names])
-    split = {"train": [], "val": [], "test": []}
-    for row in np.random.default_rng(0).permutation(len(names)).tolist():
-        split[birds.split[class_of(names[row])]].append(row)  # shuffled: neighbours differ
-    finish(folder, out, split, {
-        "dataset": "cub", "size": size, "classes": sorted(birds.split), "names": names,
-        "official_split": birds.official, "skipped": bad,
-        "sha256": {**birds.sources, "images": digest}})
+    birds, split = read_cub(raw), {"train": [], "val": [], "test": []}
+    with complete_or_nothing(out, len(birds.paths) * 3 * size ** 2) as folder:
+        kept, bad, digest = write_rows(folder, {"image": (size, size, 3)}, read_bird,
+                                       [(path, size) for path in birds.paths.values()], skip_bad)
+        every = list(birds.paths)
+        names = [every[number] for number in kept]
+        write_json(folder / "text.json", [birds.captions[name] for name in names])
+        for row in np.random.default_rng(0).permutation(len(names)).tolist():
+            split[birds.split[class_of(names[row])]].append(row)  # shuffled: neighbours differ
+        write_meta(folder, split, {
+            "dataset": "cub", "size": size, "classes": sorted(birds.split), "names": names,
+            "official_split": birds.official, "skipped": bad,
+            "sha256": {**birds.sources, "images": digest}})
+    report(out)
 
 
 def write_json(path, value):
@@ -760,13 +803,11 @@ def write_json(path, value):
         os.fsync(file.fileno())
 
 
-def finish(folder, out, split, meta):
-    """Write meta.json, with the split and its counts, rename the folder to `out`, report."""
+def write_meta(folder, split, meta):
+    """meta.json, with the split and its counts."""
     counts = {name: len(rows) for name, rows in split.items()}
     write_json(folder / "meta.json",
                {**meta, "count": sum(counts.values()), "counts": counts, "split": split})
-    os.replace(folder, out)
-    report(out)
 
 
 # What a row is, and what to say where the raw data do not tell the split.
@@ -804,7 +845,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv=None):
     """The flags of this script."""
-    parser = Parser(description="Prepare a raw data set for diffmvae.py.")
+    parser = Parser(prog="data_prep.py", description="Prepare a raw data set for diffmvae.py.")
     parser.add_argument("--dataset", choices=list(PREPARE), required=True,
                         help="what --raw holds: CelebAMask-HQ, or CUB birds with their captions")
     parser.add_argument("--raw", type=Path, required=True, help="the extracted download, read only")

@@ -51,6 +51,7 @@ Where   [Eq. 1] VPSDE.loss, "simple"             [Sec. 3.1] §3, DiffusionDecode
 """
 import argparse
 import copy
+import io
 import json
 import math
 import os
@@ -61,7 +62,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -1057,6 +1058,8 @@ def load_data(dataset, folder, device):
             if name == "text":
                 arrays[name] = json.loads((folder / "text.json").read_text())
                 shape = len(arrays[name]), *{len(ten) for ten in arrays[name]}
+                if not all(isinstance(text, str) for ten in arrays[name] for text in ten):
+                    raise ValueError("a caption in text.json is not a string")
             else:
                 arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
                 shape = arrays[name].shape
@@ -1306,19 +1309,44 @@ def learning_rate(config, step, total):
 FORMAT = 1  # of the checkpoints below
 
 
-def save_checkpoint(path, checkpoint):
-    """Atomic: written beside `path`, flushed to the disk, renamed."""
-    part = path.with_suffix(".part")
+@contextmanager
+def new_file(path, need):
+    """A binary file of `need` bytes that becomes `path` when it is whole and on the disk.
+
+    UserError if it cannot be written; what was at `path` then stays, as after a kill at any moment.
+    """
+    part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written, the old file is kept; is the disk full? "
-                        f"({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is there room "
+                        f"for {need / 1e6:.2f} MB? The old file, if any, is kept") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_file(path, content):
+    """The bytes `content` as the file `path`, whole or not at all."""
+    with new_file(path, len(content)) as file:
+        file.write(content)
+
+
+def tensor_bytes(value):
+    """What the tensors in nested dicts take."""
+    return value.nbytes if torch.is_tensor(value) else \
+        sum(map(tensor_bytes, value.values())) if isinstance(value, dict) else 0
+
+
+def save_checkpoint(path, checkpoint):
+    """A dict of tensors and plain types, whole or not at all."""
+    with new_file(path, tensor_bytes(checkpoint)) as file:
+        torch.save(checkpoint, file)
 
 
 def read_checkpoint(path, device="cpu"):
@@ -1340,8 +1368,9 @@ def read_checkpoint(path, device="cpu"):
 def load(checkpoint_path, device="cpu"):
     """The trained model for notebooks: -> DiffMVAE with the EMA weights, in eval mode."""
     checkpoint = read_checkpoint(checkpoint_path, device)
-    model = DiffMVAE(Config(**checkpoint["config"])).to(device)
-    model.load_state_dict(checkpoint["ema"])
+    with user_error(f"{checkpoint_path}: its weights and its configuration do not fit together"):
+        model = DiffMVAE(Config(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["ema"])
     return model.eval()
 
 
@@ -1421,6 +1450,7 @@ class Run:
         self.model, self.ema = build(config, device)
         self.stage, self.step, self.optimizer_state = 1, 0, None
         self.stop = None  # the signal that asked for an end, if any
+        self.history = []  # the means logged in this stage
         self.said = set()  # (stage, name) of the hints already given
 
     def restore(self):
@@ -1431,17 +1461,22 @@ class Run:
             names = [n for n in ours if ours[n] != theirs[n]]
             raise UserError(f"{self.folder}: --resume with another {', '.join(names)} than the "
                             "run was started with; give the same flags, or --overwrite")
-        self.model.load_state_dict(checkpoint["model"])
-        self.ema.load_state_dict(checkpoint["ema"])
-        self.stage, self.step = checkpoint["stage"], checkpoint["step"]
-        self.optimizer_state = checkpoint["optimizer"]
-        rows = []
-        for line in (self.folder / "log.jsonl").read_text().splitlines():
+        with user_error(f"{self.folder}/checkpoint.pt: weights of another model; --overwrite "
+                        "starts over"):
+            self.model.load_state_dict(checkpoint["model"])
+            self.ema.load_state_dict(checkpoint["ema"])
+            self.stage, self.step = checkpoint["stage"], checkpoint["step"]
+            self.optimizer_state = checkpoint["optimizer"]
+        path, rows = self.folder / "log.jsonl", []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
-                rows.append(json.loads(line))
-            except ValueError:  # a line cut short by a kill
+                row = json.loads(line)
+                rows += [row] * ((row["stage"], row["step"]) <= (self.stage, self.step))
+            except (ValueError, TypeError, KeyError):  # a line cut short by a kill
                 continue
-        self.log_file_of(r for r in rows if (r["stage"], r["step"]) <= (self.stage, self.step))
+        self.history = [row for row in rows if row["stage"] == self.stage and "total" in row]
+        self.said = {(row["stage"], row.get("about")) for row in rows if "hint" in row}
+        self.log_file_of(rows)
 
     def save(self, optimizer):
         if ranks()[0] > 0:
@@ -1455,21 +1490,23 @@ class Run:
         """Start the log anew with these rows."""
         if ranks()[0] > 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_file(self.folder / "log.jsonl",
+                   "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def log(self, **row):
         if ranks()[0] > 0:
             return
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": self.stage, "step": self.step, **row}) + "\n")
+        path, row = self.folder / "log.jsonl", {"stage": self.stage, "step": self.step, **row}
+        with user_error(f"{path}: cannot be written; is the disk full? --resume goes on from the "
+                        "last checkpoint"), open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def warn(self, found):
         """Print and log every hint that has not been given yet."""
         for name, hint in found.items():
             if (self.stage, name) not in self.said:
                 tqdm.write(f"*** stage {self.stage}, step {self.step}: {hint} ***")
-                self.log(hint=hint)
+                self.log(hint=hint, about=name)
                 self.said.add((self.stage, name))
 
 
@@ -1561,25 +1598,24 @@ def fit(run, prefixes, total, loss_of, probe=dict):
     if run.optimizer_state is not None:
         optimizer.load_state_dict(run.optimizer_state)
         run.optimizer_state = None
-    means, start, history = Means(), time.time(), []
+    means, start = Means(), time.time()
     run.model.train()
-    bar = tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", mininterval=1,
-               disable=not first)
-    while run.step < total and not told_to_stop(run):
-        means.add(one_step(run, optimizer, params, pairs, loss_of, total))
-        bar.update()
-        if run.step % config.log_every == 0 or run.step == total:
-            history.append(means.take())
-            run.log(**history[-1], lr=optimizer.param_groups[0]["lr"],
-                    seconds=round(time.time() - start, 1))
-            bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items()})
-        if first and (run.step % config.probe_every == 0 or run.step == total):
-            figures = probe()
-            if history and 5 * run.step >= total:  # before, none of them means anything
-                run.warn({**hints(history, figures), **without_gradient(run.model, prefixes)})
-        if run.step % config.save_every == 0:
-            run.save(optimizer)
-    bar.close()
+    with tqdm(total=total, initial=run.step, desc=f"stage {run.stage}", mininterval=1,
+              disable=not first) as bar:
+        while run.step < total and not told_to_stop(run):
+            means.add(one_step(run, optimizer, params, pairs, loss_of, total))
+            bar.update()
+            if run.step % config.log_every == 0 or run.step == total:
+                run.history.append(means.take())
+                run.log(**run.history[-1], lr=optimizer.param_groups[0]["lr"],
+                        seconds=round(time.time() - start, 1))
+                bar.set_postfix({name: f"{value:.4g}" for name, value in run.history[-1].items()})
+            if first and (run.step % config.probe_every == 0 or run.step == total):
+                figures = probe()
+                if run.history and 5 * run.step >= total:  # before, none of them means anything
+                    run.warn(hints(run.history, figures) | without_gradient(run.model, prefixes))
+            if run.step % config.save_every == 0:
+                run.save(optimizer)
     run.save(optimizer)
 
 
@@ -1649,7 +1685,7 @@ def train(run, data):
             lambda step: stage1_loss(run.model, data, config, step), probe)
         if told_to_stop(run):
             return
-        run.stage, run.step = 2, 0
+        run.stage, run.step, run.history = 2, 0, []
     posteriors = full_posteriors(run.ema, data, data.split["train"])
     mu, logvar = posteriors
     for aux in (run.model.aux, run.ema.aux):  # moments of the samples, in closed form
@@ -1770,8 +1806,9 @@ def draw_grid(path, title, columns, rows):
             grid.paste(cell(name, value, *size), (left, y))
     for k, text in enumerate(rows):
         pen.text((6, head + 8 + k * height), text, "black", font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+    png = io.BytesIO()
+    grid.save(png, "PNG")
+    write_file(path, png.getvalue())
 
 
 def sample_pictures(model, data, path, given, num, seed, options, prior="aux", own=None,
@@ -1811,7 +1848,7 @@ def sample_pictures(model, data, path, given, num, seed, options, prior="aux", o
     record = {"title": title, "given": given, "rows": [
         {"item": label, **{text: values[k] for text, name, values in columns
                            if name in ("attr", "text")}} for k, label in enumerate(labels)]}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1))
+    write_file(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
     if not quiet:
         print(f"{path}: {len(labels)} rows, {time.time() - start:.1f} s")
 
@@ -1901,7 +1938,6 @@ def train_judge(data, seed, steps=None, batch_size=64):
 def get_judge(path, data):
     """The judge cached at `path`, trained and saved there first if need be."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         weights = train_judge(data, seed=0).state_dict()
         save_checkpoint(path, {"words": data.vocabulary, "weights": weights})
     with user_error(f"{path}: not a judge of this data, or damaged; delete it to train it anew"):
@@ -2251,6 +2287,7 @@ def print_summary(figures):
 def parse_args(argv=None):
     """All flags, checked."""
     parser = data_prep.Parser(
+        prog="diffmvae.py",
         description="Diff-MVAE: train, sample and evaluate. Modes combine, in that order.")
     add = parser.add_argument_group("what to do").add_argument
     add("--dataset", choices=list(MODALITIES), required=True,
@@ -2382,7 +2419,8 @@ def pick_device(name):
     """The named device, or CUDA if there is any, else the CPU; UserError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with user_error(f"--device {name}: cannot be used"):
-        return torch.zeros(1, device=name).device
+        zero = torch.zeros(1, device=name)
+        return zero.device if zero.item() == 0 else None  # "meta" computes nothing
 
 
 def trained_config(args, folder, dataset):
@@ -2574,8 +2612,8 @@ def run_evaluation(args, model, data, folder):
           f"{time.time() - start:.0f} s. The paper's numbers are for its own data.")
     print_summary(figures)
     config = {**asdict(model.config), "tokenizers": len(model.config.tokenizers)}
-    (folder / "eval.json").write_text(json.dumps(
-        {**settings, "figures": figures, "config": config}, indent=1))
+    record = {**settings, "figures": figures, "config": config}
+    write_file(folder / "eval.json", json.dumps(record, indent=1).encode())
 
 
 def join_ranks(args):

@@ -13,14 +13,17 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,8 +251,10 @@ def test_uniform_time_and_its_weights():
     assert t.var().item() == pytest.approx(0.999 ** 2 / 12, rel=1e-3)
     t, weight = SDE.draw_time(1000, "v", "cpu")
     assert torch.allclose(weight, torch.exp(0.1 * t + 9.95 * t ** 2), rtol=1e-4)
-    first = torch.stack([SDE.draw_time(8, "simple", "cpu")[0] for _ in range(20_000)])[:, 0]
-    assert first.mean().item() == pytest.approx(0.5005, abs=0.01)  # each place is uniform
+    draws = torch.stack([SDE.draw_time(8, "simple", "cpu")[0] for _ in range(20_000)])
+    assert draws[:, 0].mean().item() == pytest.approx(0.5005, abs=0.01)  # each place is uniform
+    apart = (draws[:, 1] - draws[:, 0]).abs()                    # of neighbours: in no order
+    assert ((apart > 0.2) & (apart < 0.8)).float().mean().item() == pytest.approx(5 / 7, abs=0.02)
 
 
 def test_loss_is_the_weighted_integral():
@@ -1293,7 +1298,7 @@ def test_checkpoint_is_atomic_and_safe(tmp_path, monkeypatch):
     for module, name in ((os, "replace"), (os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
-            with pytest.raises(D.UserError, match="checkpoint.pt.*old file is kept.*No space"):
+            with pytest.raises(D.UserError, match="checkpoint.pt: cannot.*No space.*old file"):
                 D.save_checkpoint(path, {"format": D.FORMAT, "value": 2})
         assert torch.load(path, weights_only=True)["value"] == 1
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -1395,6 +1400,28 @@ def test_training_gives_each_hint_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("z holds") == 1
 
 
+def test_resume_remembers_the_log_and_its_hints(tmp_path):
+    """What a term is compared with is its start, not where the run was resumed; hints given are
+    not given again; a damaged or missing log stops nothing."""
+    run, data = start(tmp_path, log_every=1)
+    D.train(run, data)
+    run.warn({"total": "said before"})
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"stage": 2, "st')         # as a kill leaves it
+    again, _ = start(tmp_path, log_every=1)
+    again.restore()
+    assert [row["step"] for row in again.history] == [1, 2, 3, 4]
+    assert again.said == run.said and (2, "total") in again.said
+    before = log.read_text()
+    again.warn({"total": "said before"})
+    assert log.read_text() == before and before.count("said before") == 1
+    log.write_text("5\n[]\n{}\nrubbish\n")
+    again.restore()
+    log.unlink()
+    again.restore()
+    assert again.history == [] and log.exists()
+
+
 def test_information_of_z(tmp_path):
     """0.5 sum log(1 + var(mu) / var): 0 for a constant encoder."""
     run, data = start(tmp_path)
@@ -1477,39 +1504,6 @@ def test_prepare_without_mapping_says_so(tmp_path):
 def break_image(raw):
     path = raw / data_prep.IMAGES / "7.jpg"
     path.write_bytes(path.read_bytes()[:300])
-
-
-def break_row(raw):
-    path = raw / data_prep.ATTRIBUTE_FILE
-    path.write_text(path.read_text().replace("5.jpg  ", "5.jpg  x "))
-
-
-def break_count(raw):
-    path = raw / data_prep.ATTRIBUTE_FILE
-    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
-
-
-def break_mask_size(raw):
-    Image.new("RGB", (32, 32)).save(raw / data_prep.MASKS / "0" / "00004_nose.png")
-
-
-@pytest.mark.parametrize("damage,words", [
-    (lambda raw: (raw / data_prep.ATTRIBUTE_FILE).unlink(), "no CelebAMask-HQ-attribute-anno.txt"),
-    (lambda raw: (raw / data_prep.IMAGES / "2.jpg").unlink(), "1 of 12 images are missing"),
-    (lambda raw: [p.unlink() for p in (raw / data_prep.MASKS / "0").glob("00006_*")],
-     "no mask of face 6"),
-    (lambda raw: (raw / data_prep.MAPPING_FILE).write_text("a\n0 0 x\n"), "no line for 11 images"),
-    (break_image, "7.jpg: cannot be read"), (break_row, "line 8 is not"),
-    (break_count, "line 1 says 12 images, 11 rows"),
-    (break_mask_size, "00004_hair.png: 64x64 pixels, another part")])
-def test_prepare_names_what_is_wrong(tmp_path, damage, words):
-    """One line on stderr with the file, exit code 2, no output folder."""
-    draw_raw(tmp_path / "raw")
-    damage(tmp_path / "raw")
-    result = prepare(tmp_path / "raw", tmp_path / "out")
-    message = [line for line in result.stderr.splitlines() if "|" not in line and line.strip()]
-    assert result.returncode == 2 and len(message) == 1 and words in message[0], result.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_prepare_skips_bad_images_and_lists_them(tmp_path):
@@ -1664,22 +1658,6 @@ def test_prepare_cub_from_large_pictures_one_folder_down(tmp_path, folder):
         assert np.abs(small_bird(paths[name]).astype(int) - image[row]).mean() < 2
 
 
-def birds_missing(kind, suffix):
-    return lambda raw: next(raw.glob(f"**/{kind}/*{suffix}")).unlink()
-
-
-def edit_captions(change, name="*/003.Tern/b_0.txt"):
-    def damage(raw):
-        path = next(raw.glob(name))
-        path.write_text("\n".join(change(path.read_text("utf-8").split("\n"))), "utf-8")
-    return damage
-
-
-def keep_classes(*kinds):
-    return lambda raw: [p.unlink() for p in raw.glob("**/*.*") if p.is_file()
-                        and p.parent.name not in kinds]
-
-
 def split_files(**classes):
     def write(raw):
         for part, kinds in classes.items():
@@ -1693,39 +1671,6 @@ def break_bird(raw):
 
 
 A, J, T, W = BIRDS
-
-
-@pytest.mark.parametrize("mmvae,damage,words", [
-    (0, birds_missing("003.Tern", "b_0.txt"), "1 images without captions, the first is 003.Tern/b"),
-    (0, birds_missing("001.Auk", "b_0.jpg"), "1 captions without image, the first is 001.Auk/b_0"),
-    (0, edit_captions(lambda lines: lines[:-1]), "003.Tern/b_0.txt: 9 captions, not 10"),
-    (0, edit_captions(lambda lines: ["", *lines, "one more"]), "b_0.txt: 11 captions, not 10"),
-    (0, lambda raw: (raw / data_prep.CUB / "images").rename(raw / "img"),
-     "no images; for the MMVAE download, no train, text_trainvalclasses.txt, test, text_testc"),
-    (0, lambda raw: (raw / "text_c10").rename(raw / "text"), "Reed's captions, no text_c10; for"),
-    (0, keep_classes(A, J), "2 classes, none of them for train"),
-    (0, split_files(train=[A], val=[J], test=[T]), "1 classes are in none of them, the first is 0"),
-    (0, split_files(train=[A, J], val=[J, T], test=[W]), "002.Jay is in trainclasses.txt too"),
-    (0, split_files(train=[A, J], val=["099.Owl"], test=[T, W]), "4 classes, none of them for val"),
-    (0, break_bird, "002.Jay/b_0.jpg: cannot be read"),
-    (1, break_bird, "002.Jay/b_0.jpg: cannot be read"),
-    (1, edit_captions(lambda lines: lines[1:], "cub/text_testclasses.txt"),
-     "text_testclasses.txt: 19 captions, not 10 for each of the 2 images"),
-    (1, edit_captions(lambda lines: lines + ["x"], "cub/text_trainvalclasses.txt"),
-     "text_trainvalclasses.txt: 81 captions, not 10 for each of the 8 images"),
-    (1, lambda raw: (raw / "cub" / "test").rename(raw / "t"), "the MMVAE download, no test; --raw"),
-    (1, lambda raw: (raw / "cub" / "text_trainvalclasses.txt").unlink(),
-     "images, text_c10; for the MMVAE download, no text_trainvalclasses.txt; --raw"),
-    (1, lambda raw: (raw / "cub" / "test" / J).rename(raw / "cub" / "test" / T),
-     "class 003.Tern is in")])
-def test_prepare_names_what_is_wrong_with_cub(tmp_path, mmvae, damage, words):
-    """One line on stderr with the place, exit code 2, no output folder."""
-    draw_birds(tmp_path / "raw", mmvae)
-    damage(tmp_path / "raw")
-    result = prepare(tmp_path / "raw", tmp_path / "out", *CUB)
-    message = [line for line in result.stderr.splitlines() if "|" not in line and line.strip()]
-    assert result.returncode == 2 and len(message) == 1 and words in message[0], result.stderr
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mmvae", [False, True])
@@ -2566,37 +2511,6 @@ def test_command_dry_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def interrupt(folder, *more):
-    """Train, send SIGTERM after the first seconds of stage 1. -> the step that was saved."""
-    flags = ["--dataset", "celeba", "--train", "--steps", "100000", "--batch-size", "2", *more]
-    process = subprocess.Popen([sys.executable, "-c", SHORT, *flags], cwd=folder,
-                               stderr=subprocess.PIPE, text=True, env=PATHS)
-    line = ""
-    while "it/s" not in line and "s/it" not in line:         # the progress bar has started
-        line = process.stderr.readline()
-        assert line, "the training ended by itself"
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "go on with --resume" in message
-    checkpoint = torch.load(folder / "runs/celeba-toy/checkpoint.pt", weights_only=True)
-    assert checkpoint["stage"] == 1
-    return checkpoint["step"]
-
-
-def test_command_stops_on_signals_and_resumes(tmp_path):
-    """SIGTERM saves and leaves with 128 + 15; --resume goes on from there, and says what is not
-    trained yet when asked for samples."""
-    first = interrupt(tmp_path)
-    assert interrupt(tmp_path, "--resume") > first > 0
-    result = command(tmp_path, "--sample uncond")
-    assert result.returncode == 2 and "auxiliary model is not trained yet" in result.stderr
-    result = command(tmp_path, "--eval")
-    assert result.returncode == 2 and "auxiliary model is not trained yet" in result.stderr
-    result = command(tmp_path, "--sample cond --given mask --num 1 --sampler-steps 1")
-    assert result.returncode == 0 and "training is not finished (stage 1" in result.stderr
-
-
 def torchrun(folder, count, flags):
     """The command as `count` processes on the CPU, float32, a line of the log every step."""
     script = folder / "short.py"
@@ -2688,46 +2602,6 @@ def test_command_on_prepared_birds(tmp_path):
     assert result.returncode == 2 and "prepared with --dataset cub" in result.stderr
 
 
-@pytest.mark.parametrize("flags,words", [
-    ("", "nothing to do"), ("--sample cond", "belong together"),
-    ("--sample uncond --given mask", "belong together"),
-    ("--sample cond --given sound", "choose from image, mask, attr"),
-    ("--sample cond --given mask mask", "each once"),
-    ("--sample cond --given mask attr=Bald", "all your own"),
-    ("--sample cond --given attr=Freckles", "no attribute Freckles"),
-    ("--sample cond --given mask=nowhere.png", "cannot be read as a picture"),
-    ("--sample uncond", "train first with --train"), ("--eval --run nowhere", "train first"),
-    ("--train --data nowhere", "not a complete data set"),
-    ("--train --steps 0", "not above zero"), ("--train --seed -1", "below zero"),
-    ("--train --lr -1", "not above zero"),
-    ("--train --steps 5 --epochs 5", "not allowed with"), ("--train --batch-size 1", "at least 2"),
-    ("--resume --sample uncond", "need --train"), ("--train --resume", "no checkpoint to resume"),
-    ("--eval --eval-num 1", "at least 2"), ("--train --resume --overwrite", "not allowed with"),
-    ("--sample uncond --beta 1", "keeps its own"), ("--sample uncond --num 0", "not above zero"),
-    ("--sample uncond --top-p 2", "not between 0 and 1"),
-    ("--train --text-init here", "only the cub setup has text"),
-    ("--eval --clip here", "only the cub setup has text"),
-    ("--sample uncond --inception x.pth", "need --eval"),
-    ("--train --objective mvtcae --prior-expert", "has no --prior-expert"),
-    ("--train --eval-repeats 0", "not above zero"),
-    ("--train --device nowhere", "nowhere"), ("--sample uncond --sampler heun", "invalid choice")])
-def test_command_bad_input(tmp_path, monkeypatch, capsys, flags, words):
-    """One line that says what is wrong, exit code 2, no traceback, nothing written."""
-    assert refuse(tmp_path, monkeypatch, flags) == 2
-    said = capsys.readouterr().err
-    assert words in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-def refuse(folder, monkeypatch, flags, dataset="celeba"):
-    """The exit code of a command run in this process, in `folder`, with fewer toys."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(D, "TOY_COUNTS", dict(train=64, val=8, test=8))
-    try:
-        return D.main(["--dataset", dataset, *shlex.split(flags)])
-    except SystemExit as error:
-        return error.code
-
-
 def test_torchrun_is_for_training(tmp_path, monkeypatch, capsys):
     """Whatever else is asked of several processes is refused before they meet."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
@@ -2740,7 +2614,377 @@ def test_torchrun_is_for_training(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-# === §9 The repository ===
+# === §9 Bad input and faults ===
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with raw data in all three layouts, prepared data and a run of either setup."""
+    folder = tmp_path_factory.mktemp("place")
+    draw_raw(folder / "faces")
+    draw_birds(folder / "birds")
+    draw_birds(folder / "mmvae", True)
+    data_prep.prepare_celeba(folder / "faces", folder / "prepared/celeba", 16)
+    data_prep.prepare_cub(folder / "mmvae", folder / "prepared/cub", 16)
+    for dataset in D.MODALITIES:
+        run = D.Run(folder / "runs" / f"{dataset}-toy", tiny(dataset), torch.device("cpu"))
+        run.log_file_of([])
+        run.stage, run.step = 2, 4
+        run.save(None)
+    return folder
+
+
+def refuse(folder, monkeypatch, flags, dataset="celeba"):
+    """The exit code of a command run in this process, in `folder`, with fewer toys. A `dataset`
+    "prep ..." is for data_prep.py."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(D, "TOY_COUNTS", dict(train=64, val=8, test=8))
+    main = data_prep.main if dataset.startswith("prep") else D.main
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return main(["--dataset", dataset.split()[dataset.startswith("prep")], *shlex.split(flags)])
+    except SystemExit as error:
+        return error.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def contents(folder):
+    """Every path below a folder, with the bytes of files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def rewrite(name, change):
+    """A damage: the bytes of the file or files `name` (a pattern) go through `change`."""
+    def damage(folder):
+        for path in list(folder.glob(name)):
+            path.write_bytes(change(path.read_bytes()))
+    return damage
+
+
+def swap(name, old, new):
+    """A damage: other words in a text file."""
+    return rewrite(name, lambda content: content.replace(old.encode(), new.encode()))
+
+
+def delete(name):
+    """A damage: the files are gone."""
+    return lambda folder: [path.unlink() for path in list(folder.glob(name))]
+
+
+def change_checkpoint(change, name="runs/celeba-toy/checkpoint.pt"):
+    """A damage: change(checkpoint) in place, or what it returns instead."""
+    def damage(folder):
+        checkpoint = torch.load(folder / name, weights_only=True)
+        torch.save(change(checkpoint) or checkpoint, folder / name)
+    return damage
+
+
+class Crafted:
+    """Unpickled without care it runs code that leaves a file behind."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("owned"),)
+
+
+def lines(change, name):
+    """A damage: change(list of lines) of a text file."""
+    return rewrite(name, lambda content: b"\n".join(change(content.split(b"\n"))))
+
+
+def split(**classes):
+    """A damage: split files for the birds."""
+    return lambda folder: split_files(**classes)(folder / "birds")
+
+
+RAW_FACES, RAW_BIRDS, JUDGE = "prep celeba", "prep cub", "judge-celeba-toy-16px-12000"
+BAD_FLAGS = [
+    ("", "nothing to do"), ("--sample cond", "belong together"),
+    ("--sample uncond --given mask", "belong together"),
+    ("--sample cond --given sound", "choose from image, mask, attr"),
+    ("--sample cond --given mask mask", "each once"),
+    ("--sample cond --given mask attr=Bald", "all your own"),
+    ("--sample cond --given attr=Freckles", "no attribute Freckles; the model knows Bald, Bangs"),
+    ("--sample cond --given mask=nowhere.png", "cannot be read as a picture"),
+    ("--sample uncond --run nowhere", "train first with --train"),
+    ("--eval --run nowhere", "train first"),
+    ("--train --data nowhere --run new", "not a complete data set"),
+    ("--train --steps 0", "not above zero"), ("--train --steps 1e3", "invalid number value"),
+    ("--train --epochs -1", "not above zero"), ("--train --aux-steps 0", "not above zero"),
+    ("--train --lr nan", "not above zero"), ("--train --beta -1", "not above zero"),
+    ("--train --batch-size -8", "not above zero"), ("--train --batch-size 1", "at least 2"),
+    ("--train --seed -1", "below zero"), (f"--train --seed {2 ** 63}", "too large"),
+    ("--train --steps 5 --epochs 5", "not allowed with"),
+    ("--train --resume --overwrite", "not allowed with"),
+    ("--resume --sample uncond", "need --train"),
+    ("--train --resume --run new", "no checkpoint to resume"),
+    ("--sample uncond --beta 1", "keeps its own"), ("--sample uncond --num 0", "not above zero"),
+    ("--sample uncond --top-p 2", "not between 0 and 1"),
+    ("--sample uncond --sampler-steps 0", "not above zero"),
+    ("--sample uncond --sampler heun", "invalid choice"),
+    ("--eval --eval-num 1", "at least 2"), ("--eval --eval-repeats 0", "not above zero"),
+    ("--train --text-init here", "only the cub setup has text"),
+    ("--eval --clip here", "only the cub setup has text"),
+    ("--sample uncond --inception x.pth", "need --eval"), ("--eval --inception y.pth", "no such"),
+    ("--train --objective mvtcae --prior-expert", "has no --prior-expert"),
+    ("--train --device nowhere --run new", "nowhere"), ("--train --device meta --run new", "meta"),
+    ("--what", "unrecognized arguments"),
+]
+BAD_INPUT = [("celeba", *case, None) for case in BAD_FLAGS] + [
+    # the user's own pictures and words
+    ("celeba", "--sample cond --given image=faces/CelebA-HQ-img/7.jpg", "7.jpg: cannot be read as",
+     rewrite("faces/CelebA-HQ-img/7.jpg", lambda content: content[:300])),
+    ("celeba", "--sample cond --given mask=runs", "Is a directory", None),
+    ("cub", "--sample cond --given text='" + "red " * 40 + "'", "longer than the 30 tokens", None),
+    ("cub", "--sample cond --given 'text=. !'", "no words", None),
+    ("cub", "--sample cond --given mask", "choose from image, text", None),
+    ("cub", "--dry-run --text-init nowhere", "needs one folder checkpoint-encoder-*", None),
+    # checkpoints
+    ("celeba", "--sample uncond", "not a checkpoint of this script, or damaged",
+     rewrite("runs/*/checkpoint.pt", lambda content: content[:len(content) // 2])),
+    ("celeba", "--train --resume", "not a checkpoint of this script, or damaged",
+     rewrite("runs/*/checkpoint.pt", lambda content: b"")),
+    ("celeba", "--sample uncond", "damaged (UnpicklingError",
+     change_checkpoint(lambda checkpoint: {"format": Crafted()})),
+    ("celeba", "--sample uncond", "format 99, this script reads 1",
+     change_checkpoint(lambda checkpoint: {"format": 99})),
+    ("celeba", "--sample uncond", "made by another version of this script (its configuration "
+     "differs in attr_", change_checkpoint(lambda checkpoint: checkpoint["config"].clear())),
+    ("celeba", "--sample uncond", "its weights and its configuration do not fit together",
+     change_checkpoint(lambda checkpoint: checkpoint["config"].update(latent=32))),
+    ("celeba", "--train --resume --batch-size 8 --steps 6", "--resume with another", None),
+    ("celeba", "--train", "--resume continues it, --overwrite starts over", None),
+    ("celeba", "--sample uncond --run runs/cub-toy", "trained with dataset cub-toy, not celeba",
+     None),
+    ("celeba", "--sample uncond --run runs/celeba-toy --decoder feedforward",
+     "trained with decoder diffusion, not feedforward", None),
+    ("celeba", "--sample uncond", "the auxiliary model is not trained yet",
+     change_checkpoint(lambda checkpoint: checkpoint.update(stage=1))),
+    ("celeba", "--eval", "the auxiliary model is not trained yet",
+     change_checkpoint(lambda checkpoint: checkpoint.update(stage=1))),
+    ("celeba", "--train --run prepared/celeba/meta.json/run", "Not a directory", None),
+    ("celeba", "--sample uncond --num 1 --sampler-steps 1", "uncond-aux-seed0.png: cannot be writ",
+     lambda folder: (folder / "runs/celeba-toy/samples").touch()),
+    # weights of others
+    ("celeba", "--eval --inception prepared/celeba/meta.json", "not pytorch-fid's weights", None),
+    ("cub", "--eval --clip prepared", "--clip prepared: no CLIP model", None),
+    ("celeba", "--eval", f"{JUDGE}.pt: not a judge of this data, or damaged; delete it",
+     lambda folder: (folder / f"runs/{JUDGE}.pt").write_bytes(b"PK")),
+    # prepared data
+    *[("celeba", "--train --run new --preset small --data prepared/celeba", words, damage)
+      for words, damage in (
+          ("No such file", delete("prepared/celeba/attr.npy")),
+          ("mask has shape (11, 16, 16), not (12, 16, 16)", lambda folder: np.save(
+              folder / "prepared/celeba/mask.npy", np.zeros((11, 16, 16), np.uint8))),
+          ("not a complete data set", rewrite("prepared/*/image.npy", lambda c: c[:len(c) // 2])),
+          ("not a complete data set", rewrite("prepared/*/image.npy", lambda c: b"")),
+          ("not a complete data set", rewrite("prepared/*/meta.json", lambda c: c[:len(c) // 2])),
+          ("split test has 0 rows", swap("prepared/celeba/meta.json", "[4, 5]", "[]")),
+          ("split test has 2 rows, at least 2 of 0 to 11",
+           swap("prepared/celeba/meta.json", "[4, 5]", "[4, 12]")))],
+    ("celeba", "--train --run new --data prepared/cub", "prepared with --dataset cub", None),
+    ("celeba", "--train --run new --data prepared/celeba", "16 px, preset paper needs a multiple",
+     None),
+    ("celeba", "--sample uncond --run runs/other --data prepared/celeba", "trained with dataset", 
+     lambda folder: shutil.copytree(folder / "runs/celeba-toy", folder / "runs/other")),
+    ("cub", "--train --run new --preset small --data prepared/cub", "text has shape (9, 10)",
+     lambda folder: (folder / "prepared/cub/text.json").write_text(json.dumps([["a"] * 10] * 9))),
+    ("cub", "--train --run new --preset small --data prepared/cub", "a caption in text.json is not",
+     lambda folder: (folder / "prepared/cub/text.json").write_text(json.dumps([[1] * 10] * 10))),
+    # raw faces
+    (RAW_FACES, "--raw faces --out prepared/celeba", "exists already", None),
+    (RAW_FACES, "--raw faces --size 20", "--size 20: must be a positive multiple of 8", None),
+    (RAW_FACES, "--raw faces --size -8", "must be a positive multiple of 8", None),
+    (RAW_FACES, "", "required: --raw", None),
+    (RAW_FACES, "--raw faces --out runs/celeba-toy/log.jsonl/out", "cannot be written", None),
+    *[(RAW_FACES, "--raw faces --out out", words, damage) for words, damage in (
+        ("faces: no CelebAMask-HQ-attribute-anno.txt; --raw takes",
+         delete("faces/CelebAMask-HQ-attribute-anno.txt")),
+        ("1 of 12 images are missing, the first is 2.jpg", delete("faces/CelebA-HQ-img/2.jpg")),
+        ("2 of 12 faces have no mask, the first is 6 (00006_*.png)",
+         delete("faces/*/0/0000[68]_*")),
+        ("no mask of face 6 (00006_*.png)", delete("faces/*/0/00006_[!s]*")),
+        ("no line for 11 images", rewrite("faces/*mapping.txt", lambda content: b"a\n0 0 x\n")),
+        ("mapping.txt: no line for 12 images", rewrite("faces/*mapping.txt", lambda content: b"")),
+        ("a line is not 'idx orig_idx", rewrite("faces/*mapping.txt", lambda content: b"a\nx\n")),
+        ("7.jpg: cannot be read", rewrite("faces/*/7.jpg", lambda content: content[:300])),
+        ("7.jpg: cannot be read", rewrite("faces/*/7.jpg", lambda content: b"")),
+        ("_hair.png: cannot be read", rewrite("faces/*/0/00003_hair.png", lambda c: c[:60])),
+        ("anno.txt: line 8 is not", swap("faces/*anno.txt", "5.jpg  ", "5.jpg  x ")),
+        ("line 2 names no Bald;", swap("faces/*anno.txt", "Bald", "Bold")),
+        ("line 1 says 0 images, 0 rows follow", lines(
+            lambda all: [b"0", all[1]], "faces/*anno.txt")),
+        ("line 2 names no Bald, Bangs", rewrite("faces/*anno.txt", lambda content: b"")),
+        ("line 1 says 12 images, 11 rows", lines(lambda all: all[:-2], "faces/*anno.txt")),
+        ("00004_hair.png: 64x64 pixels, another part", lambda folder: Image.new(
+            "RGB", (32, 32)).save(folder / "faces" / data_prep.MASKS / "0/00004_nose.png")))],
+    (RAW_FACES, "--raw faces --out out --skip-bad",
+     "none of the 12 pictures can be read; the first: faces/CelebA-HQ-img/0.jpg: cannot",
+     rewrite("faces/*/*.jpg", lambda content: b"")),
+    # raw birds
+    *[(RAW_BIRDS, "--raw birds --out out", words, damage) for words, damage in (
+        ("1 images without captions, the first is 003.Tern/b", delete("**/003.Tern/b_0.txt")),
+        ("1 captions without image, the first is 001.Auk/b_0", delete("birds/**/001.Auk/b_0.jpg")),
+        ("003.Tern/b_0.txt: 9 captions, not 10", lines(lambda all: all[1:], "**/003.Tern/b_0.txt")),
+        ("b_0.txt: 11 captions", lines(lambda all: [b"", *all, b"x"], "**/003.Tern/b_0.txt")),
+        ("no images; for the MMVAE download, no train, text_trainvalclasses.txt, test, text_testc",
+         lambda folder: (folder / "birds" / data_prep.CUB / "images").rename(folder / "img")),
+        ("Reed's captions, no text_c10; for",
+         lambda folder: (folder / "birds/text_c10").rename(folder / "text")),
+        ("2 classes, none of them for train", lambda folder: [
+            path.unlink() for k in ("003", "004") for path in folder.glob(f"birds/**/{k}*/*")]),
+        ("1 classes are in none of them, the first is 0", split(train=[A], val=[J], test=[T])),
+        ("002.Jay is in trainclasses.txt too", split(train=[A, J], val=[J, T], test=[W])),
+        ("4 classes, none of them for val",
+         split(train=[A, J], val=["099.Owl"], test=[T, W])),
+        ("002.Jay/b_0.jpg: cannot be read",
+         rewrite("birds/**/002.Jay/b_0.jpg", lambda content: content[:200])))],
+    *[(RAW_BIRDS, "--raw mmvae --out out", words, damage) for words, damage in (
+        ("002.Jay/b_0.jpg: cannot be read",
+         rewrite("mmvae/**/002.Jay/b_0.jpg", lambda content: content[:200])),
+        ("text_testclasses.txt: 19 captions, not 10 for each of the 2 images",
+         lines(lambda all: all[1:], "mmvae/cub/text_testclasses.txt")),
+        ("text_trainvalclasses.txt: 81 captions, not 10 for each of the 8 images",
+         lines(lambda all: all + [b"x"], "mmvae/cub/text_trainvalclasses.txt")),
+        ("the MMVAE download, no test; --raw",
+         lambda folder: (folder / "mmvae/cub/test").rename(folder / "t")),
+        ("images, text_c10; for the MMVAE download, no text_trainvalclasses.txt; --raw",
+         delete("mmvae/cub/text_trainvalclasses.txt")),
+        ("class 003.Tern is in", lambda folder: (folder / "mmvae/cub/test" / J).rename(
+            folder / "mmvae/cub/test" / T)))],
+]
+
+
+def test_crafted_file_would_run_code(tmp_path, monkeypatch):
+    """What the table below sees refused does harm where weights_only is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": Crafted()}, "checkpoint.pt")
+    torch.load("checkpoint.pt", weights_only=False)
+    assert Path("owned").exists()
+
+
+@pytest.mark.parametrize("dataset,flags,words,damage", BAD_INPUT)
+def test_bad_input(place, tmp_path, monkeypatch, capfd, dataset, flags, words, damage):
+    """One line on stderr that says what is wrong, exit code 2; nothing written, nothing changed."""
+    folder = shutil.copytree(place, tmp_path / "place")
+    if damage:
+        damage(folder)
+    before = contents(folder)
+    assert refuse(folder, monkeypatch, flags, dataset) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line and "%|" not in line]
+    assert len(said) == 1 and words in said[0], said
+    assert said[0].startswith("data_prep.py: " if dataset.startswith("prep") else "diffmvae.py: ")
+    assert contents(folder) == before
+
+
+@contextmanager
+def files_up_to(size):
+    """No file can grow beyond `size` bytes, as on a disk that fills up: a true error of write()."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, capsys):
+    """While training writes one: the message names file and need, the old one loads."""
+    run, data = start(tmp_path, save_every=1)
+    run.save(None)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    need = sum(2 * v.nbytes for v in run.model.state_dict().values()) / 1e6  # and the averages
+    with files_up_to(2 * len(before) // 3), pytest.raises(D.UserError) as caught:
+        D.train(run, data)
+    said = re.fullmatch(r"(.+): cannot be written \(.+\); is there room for ([0-9.]+) MB\? The old "
+                        r"file, if any, is kept", str(caught.value))
+    assert said[1] == str(tmp_path / "checkpoint.pt") and 1.2 * need < float(said[2]) < 2.2 * need
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.part")) and D.load(tmp_path / "checkpoint.pt")
+    assert capsys.readouterr().err.endswith("\n")                # the bar's line has ended
+
+
+def test_full_disk_while_logging(tmp_path):
+    run, data = start(tmp_path, steps=40, log_every=1)
+    with files_up_to(2000), pytest.raises(D.UserError, match="log.jsonl: cannot be written"):
+        D.train(run, data)
+
+
+@pytest.mark.parametrize("free", [0, 10 ** 12])
+def test_full_disk_while_preparing(place, tmp_path, monkeypatch, capfd, free):
+    """Too little room is said before anything is read, or when it runs out; nothing is left."""
+    folder = shutil.copytree(place, tmp_path / "place")
+    before = contents(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with files_up_to(5000):
+        assert refuse(folder, monkeypatch, "--raw faces --out out --size 32", RAW_FACES) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("data_prep.py: out: 0.05 MB needed"), said
+    assert ("cannot be written (File too large); nothing is kept" if free else
+            "0.00 MB free; make room or take another --out") in said
+    assert contents(folder) == before
+
+
+def end(process, moment, number):
+    """Send a signal once moment() is true. -> the exit code, what was said on stderr."""
+    while process.poll() is None and not moment():
+        time.sleep(0.01)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))          # any moment must do
+    process.send_signal(number)
+    return process.wait(timeout=60), process.stderr.read()
+
+
+def test_killed_training_goes_on(tmp_path):
+    """[DESIGN 6] SIGTERM and Ctrl-C save, kill -9 at any moment leaves a checkpoint that loads;
+    after --resume the weights are those of a run that nobody disturbed."""
+    script = SHORT.replace("sys.exit", "D.SMALL.update(log_every=1, save_every=3); sys.exit")
+    flags = shlex.split("--dataset celeba --train --steps 40 --aux-steps 40 --batch-size 2 "
+                        "--run run")
+
+    def launch(folder, *more):
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, "-c", script, *flags, *more], cwd=folder, env={
+            **PATHS, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+    whole = launch(tmp_path / "whole")
+    assert whole.communicate()[1] is not None and whole.returncode == 0
+    log = tmp_path / "parts/run/log.jsonl"
+    lengths, length = [], lambda: len(log.read_bytes()) if log.exists() else 0
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = launch(tmp_path / "parts", *["--resume"] * bool(lengths))
+        now = length()
+        exit_code, said = end(process, lambda: length() > now + 800, number)
+        lengths.append(length())
+        assert exit_code == code and (code < 0 or "go on with --resume" in said), (code, said)
+        D.load(tmp_path / "parts/run/checkpoint.pt")
+    last = launch(tmp_path / "parts", "--resume")
+    assert last.communicate()[1] is not None and last.returncode == 0
+    one, two = weights(tmp_path / "whole/run"), weights(tmp_path / "parts/run")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    logs = [[(row["stage"], row["step"], row.get("total")) for row in map(json.loads, open(
+        tmp_path / name / "run/log.jsonl"))] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]                                    # no line lost, none twice
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_killed_preparation_starts_over(tmp_path, number, code):
+    """Nothing at --out until all is there; no worker stays behind; a second run does it all."""
+    draw_raw(tmp_path / "raw", n=60, size=512)
+    command = [sys.executable, str(HERE / "data_prep.py"), "--dataset", "celeba", "--raw", "raw",
+               "--out", "out", "--size", "16"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    partial = tmp_path / "out.partial"
+    assert end(process, (partial / "mask.npy").exists, number)[0] == code
+    with pytest.raises(ProcessLookupError):                      # its workers end as well
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    assert not (tmp_path / "out").exists() and partial.exists() == (code < 0)
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert len(np.load(tmp_path / "out/image.npy")) == 60 and not partial.exists()
+
+
+# === §10 The repository ===
 
 SOURCE, TESTS = (HERE / "diffmvae.py").read_text(), Path(__file__).read_text()
 
