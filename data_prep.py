@@ -22,16 +22,16 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -382,7 +382,8 @@ IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
 ATTRIBUTE_FILE, MAPPING_FILE = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-to-CelebA-mapping.txt"
 
 
-DAMAGED = (OSError, SyntaxError, ValueError)  # what Pillow raises on damaged files
+# What Pillow raises on damaged files
+DAMAGED = OSError, SyntaxError, ValueError, Image.DecompressionBombError
 
 
 class DataError(Exception):
@@ -402,7 +403,7 @@ def read_attributes(path):
     columns, rows = [names.index(name) for name in ATTRIBUTES], {}
     for number, line in enumerate(lines[2:], start=3):
         file, *values = line.split() or [""]
-        if len(values) != len(names) or set(values) - {"-1", "1"} or not file[:-4].isdigit():
+        if len(values) != len(names) or set(values) - {"-1", "1"} or not file[:-4].isdecimal():
             raise DataError(f"{path}: line {number} is not 'k.jpg' and {len(names)} times -1 or 1")
         rows[int(file[:-4])] = np.array([values[c] == "1" for c in columns], np.uint8)
     if not rows or lines[0].strip() != str(len(rows)):
@@ -472,21 +473,22 @@ def read_face(raw, k, size):
     return image, mask.astype(np.uint8), digest.hexdigest()
 
 
-def check_layout(raw):
-    """The raw folder's parts, or DataError that lists what is missing: -> rows, mapping, ids."""
+def check_layout(raw, skip_bad):
+    """The raw folder's parts, or DataError that lists what is missing: -> rows, mapping, ids.
+    With skip_bad, images and masks may be missing."""
     missing = [name for name in (IMAGES, MASKS, ATTRIBUTE_FILE) if not (raw / name).exists()]
     if missing:
         raise DataError(f"{raw}: no {', '.join(missing)}; --raw takes the extracted CelebAMask-HQ")
     rows = read_attributes(raw / ATTRIBUTE_FILE)
-    found = {int(path.stem) for path in (raw / IMAGES).glob("*.jpg") if path.stem.isdigit()}
+    found = {int(path.stem) for path in (raw / IMAGES).glob("*.jpg") if path.stem.isdecimal()}
     absent = sorted(rows.keys() - found)
-    if absent:
+    if absent and not skip_bad:
         raise DataError(f"{raw / IMAGES}: {len(absent)} of {len(rows)} images are missing, the "
                         f"first is {absent[0]}.jpg; extract the archive again")
     folders = [folder for folder in (raw / MASKS).iterdir() if folder.is_dir()]
     masked = {name[:5] for folder in folders for name in os.listdir(folder)}
     bare = [k for k in sorted(rows) if f"{k:05d}" not in masked]
-    if bare:
+    if bare and not skip_bad:
         raise DataError(f"{raw / MASKS}: {len(bare)} of {len(rows)} faces have no mask, the first "
                         f"is {bare[0]} ({bare[0]:05d}_*.png); extract the archive again")
     path = raw / MAPPING_FILE
@@ -653,7 +655,7 @@ def read_bird(path, size):
 # === §5 Writing ===
 
 class ArrayWriter:
-    """Appends rows to a .npy file of uint8 without holding them; the header is set on closing."""
+    """Appends rows to a .npy file of uint8 without holding them; the header is set on leaving."""
 
     def __init__(self, path, row_shape):
         self.file, self.row_shape, self.count = open(path, "wb"), row_shape, 0
@@ -669,11 +671,18 @@ class ArrayWriter:
         self.file.write(row.tobytes())
         self.count += 1
 
-    def close(self):
-        self._header()  # NumPy leaves room for the longer count
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is None:
+                self._header()  # NumPy leaves room for the longer count
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        finally:
+            with suppress(OSError if error else ()):  # what the disk has no room for
+                self.file.close()
 
 
 def attempt(read, task):
@@ -684,19 +693,19 @@ def attempt(read, task):
         return str(error)
 
 
-def start_worker(parent):
-    """Ctrl-C is for the parent process to handle; when that is gone, killed even, so is this."""
+def start_worker():
+    """Leaves Ctrl-C to the parent process, and ends when that ends, even by kill -9."""
     def follow():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=follow, daemon=True).start()
 
 
 def in_parallel(read, tasks):
     """Yields read(*task), or the message of its DataError, for each task in order."""
-    pool = ProcessPoolExecutor(os.cpu_count(), None, start_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=start_worker)
     try:
         yield from pool.map(attempt, repeat(read), tasks, chunksize=8)
     except BrokenProcessPool:
@@ -712,10 +721,12 @@ def write_rows(folder, shapes, read, tasks, skip_bad):
     of what it read. -> the numbers of the rows kept, the messages of those left out, the SHA-256
     of all. Raises DataError at the first task that fails, unless skip_bad.
     """
-    writers = [ArrayWriter(folder / f"{name}.npy", shape) for name, shape in shapes.items()]
     kept, bad, digest = [], [], hashlib.sha256()
-    with closing(in_parallel(read, tasks)) as results, \
-            tqdm(results, total=len(tasks), unit="img") as bar:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(ArrayWriter(folder / f"{name}.npy", shape))
+                   for name, shape in shapes.items()]
+        results = stack.enter_context(closing(in_parallel(read, tasks)))
+        bar = stack.enter_context(tqdm(results, total=len(tasks), unit="img"))
         for number, result in enumerate(bar):
             if isinstance(result, str):
                 bad.append(result)
@@ -726,10 +737,8 @@ def write_rows(folder, shapes, read, tasks, skip_bad):
                 writer.append(row)
             digest.update(result[-1].encode())
             kept.append(number)
-    if not kept:
-        raise DataError(f"none of the {len(bad)} pictures can be read; the first: {bad[0]}")
-    for writer in writers:
-        writer.close()
+        if not kept:
+            raise DataError(f"none of the {len(bad)} pictures can be read; the first: {bad[0]}")
     return kept, bad, digest.hexdigest()
 
 
@@ -739,7 +748,8 @@ def complete_or_nothing(out, need):
 
     Else it is removed, and kill -9 leaves it to the next run. DataError if it cannot be written.
     """
-    folder, place = out.with_name(out.name + ".partial"), f"{out}: {need / 1e6:.2f} MB"
+    folder = out.with_name(out.name + ".partial")
+    place, made = f"{folder}: {need / 1e6:.2f} MB", [p for p in out.parents if not p.exists()]
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -754,11 +764,14 @@ def complete_or_nothing(out, need):
                         "nothing is kept") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: it has `out`
+                parent.rmdir()
 
 
 def prepare_celeba(raw, out, size=128, skip_bad=False):
     """Raw CelebAMask-HQ -> the arrays of `out`; see the head of this file. Raises DataError."""
-    rows, mapping, ids = check_layout(raw)
+    rows, mapping, ids = check_layout(raw, skip_bad)
     sources = {name: sha256(raw / name)
                for name in (ATTRIBUTE_FILE, MAPPING_FILE) if (raw / name).exists()}
     with complete_or_nothing(out, len(ids) * (4 * size ** 2 + len(ATTRIBUTES))) as folder:
@@ -766,10 +779,9 @@ def prepare_celeba(raw, out, size=128, skip_bad=False):
             folder, {"image": (size, size, 3), "mask": (size, size)}, read_face,
             [(raw, k, size) for k in ids], skip_bad)
         ids = [ids[number] for number in kept]
-        attr = ArrayWriter(folder / "attr.npy", (len(ATTRIBUTES),))
-        for k in ids:
-            attr.append(rows[k])
-        attr.close()
+        with ArrayWriter(folder / "attr.npy", (len(ATTRIBUTES),)) as attr:
+            for k in ids:
+                attr.append(rows[k])
         write_meta(folder, split_of(ids, mapping), {
             "dataset": "celeba", "size": size, "attributes": ATTRIBUTES, "ids": ids,
             "official_split": mapping is not None, "skipped": bad,
@@ -804,8 +816,11 @@ def write_json(path, value):
 
 
 def write_meta(folder, split, meta):
-    """meta.json, with the split and its counts."""
+    """meta.json, with the split and its counts. DataError if one is too small to be of use."""
     counts = {name: len(rows) for name, rows in split.items()}
+    if min(counts.values()) < 2:
+        few = ", ".join(f"{n} {name}" for name, n in counts.items())
+        raise DataError(f"{few}: every split needs 2 at least; extract more of the data")
     write_json(folder / "meta.json",
                {**meta, "count": sum(counts.values()), "counts": counts, "split": split})
 
@@ -868,7 +883,7 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so the workers end too
     out = args.out or Path("data") / args.dataset
     try:
-        if out.exists():
+        if os.path.lexists(out):
             raise DataError(f"{out}: exists already; move it away to prepare it again")
         PREPARE[args.dataset][0](args.raw, out, args.size, args.skip_bad)
     except (DataError, OSError) as error:

@@ -1046,7 +1046,7 @@ def toy_data(dataset, size, device, counts=None):
 
 def load_data(dataset, folder, device):
     """What data_prep.py wrote to `folder`; UserError if it is missing or does not fit together."""
-    try:
+    with user_error(f"{folder}: not a complete data set of data_prep.py"):
         meta = json.loads((folder / "meta.json").read_text())
         if meta["dataset"] != dataset:
             raise ValueError(f"it was prepared with --dataset {meta['dataset']}")
@@ -1063,6 +1063,8 @@ def load_data(dataset, folder, device):
             else:
                 arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
                 shape = arrays[name].shape
+                if arrays[name].dtype != np.uint8:
+                    raise ValueError(f"{name} is {arrays[name].dtype}, not uint8")
             if shape != shapes[name]:
                 raise ValueError(f"{name} has shape {shape}, not {shapes[name]}")
         for name in ("train", "val", "test"):
@@ -1070,9 +1072,7 @@ def load_data(dataset, folder, device):
             if len(rows) < 2 or min(rows) < 0 or max(rows) >= n:
                 raise ValueError(f"split {name} has {len(rows)} rows, at least 2 of 0 to {n - 1} "
                                  "are needed")
-        return Data(arrays, meta["split"], False, device)
-    except (OSError, EOFError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a complete data set of data_prep.py ({error})") from None
+    return Data(arrays, meta["split"], False, device)
 
 
 def small_tokenizer(captions, size=2000):
@@ -1323,9 +1323,9 @@ def new_file(path, need):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is there room "
-                        f"for {need / 1e6:.2f} MB? The old file, if any, is kept") from None
+    except (OSError, RuntimeError) as error:  # PyTorch makes a full disk a RuntimeError
+        raise UserError(f"{path}: cannot be written ({error.__context__ or error}); {need:,} bytes "
+                        "are needed, an old file is kept") from None
     finally:
         with suppress(OSError):
             part.unlink()
@@ -1338,9 +1338,10 @@ def write_file(path, content):
 
 
 def tensor_bytes(value):
-    """What the tensors in nested dicts take."""
-    return value.nbytes if torch.is_tensor(value) else \
-        sum(map(tensor_bytes, value.values())) if isinstance(value, dict) else 0
+    """The bytes of the tensors in nested dicts."""
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return value.nbytes if torch.is_tensor(value) else 0
 
 
 def save_checkpoint(path, checkpoint):
@@ -1362,6 +1363,8 @@ def read_checkpoint(path, device="cpu"):
         if set(checkpoint["config"]) != names:
             raise UserError(f"{path}: made by another version of this script (its configuration "
                             f"differs in {', '.join(sorted(names ^ set(checkpoint['config'])))})")
+        if checkpoint["stage"] not in (1, 2) or checkpoint["step"] < 0:
+            raise ValueError(f"stage {checkpoint['stage']}, step {checkpoint['step']}")
         return checkpoint
 
 
@@ -1369,9 +1372,9 @@ def load(checkpoint_path, device="cpu"):
     """The trained model for notebooks: -> DiffMVAE with the EMA weights, in eval mode."""
     checkpoint = read_checkpoint(checkpoint_path, device)
     with user_error(f"{checkpoint_path}: its weights and its configuration do not fit together"):
-        model = DiffMVAE(Config(**checkpoint["config"])).to(device)
+        model = DiffMVAE(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["ema"])
-    return model.eval()
+    return model.to(device).eval()
 
 
 MVTCAE_ALPHA = 0.9  # as in SBM-VAE's code, paper [42]; the alpha of the paper's [11]
@@ -1471,7 +1474,8 @@ class Run:
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
-                rows += [row] * ((row["stage"], row["step"]) <= (self.stage, self.step))
+                if (row["stage"], row["step"]) <= (self.stage, self.step):
+                    rows.append(row)
             except (ValueError, TypeError, KeyError):  # a line cut short by a kill
                 continue
         self.history = [row for row in rows if row["stage"] == self.stage and "total" in row]
@@ -1738,7 +1742,7 @@ def read_own(name, value, config):
         return torch.tensor([[float(word in chosen) for word in ATTRIBUTES]])
     try:
         picture = Image.open(value).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except data_prep.DAMAGED as error:
         raise UserError(f"--given {name}={value}: cannot be read as a picture ({error})") from None
     if name == "mask":
         picture = Image.fromarray(np.asarray(picture).any(-1).astype(np.uint8) * 255)
@@ -2381,7 +2385,7 @@ def number(kind, fits, otherwise):
 
 def positive(kind):
     """An argparse type: a number above zero."""
-    return number(kind, lambda value: 0 < value < math.inf, "not above zero")
+    return number(kind, lambda value: 0 < value < 2 ** 31, "not above zero, or too large")
 
 
 OVERRIDES = ("decoder", "weighting", "objective", "prior_expert", "beta", "steps", "aux_steps",
@@ -2420,7 +2424,8 @@ def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with user_error(f"--device {name}: cannot be used"):
         zero = torch.zeros(1, device=name)
-        return zero.device if zero.item() == 0 else None  # "meta" computes nothing
+        zero.item()  # which "meta", that computes nothing, cannot give
+        return zero.device
 
 
 def trained_config(args, folder, dataset):
@@ -2557,10 +2562,10 @@ def run_training(args, config, data, folder, device):
         if config.preset == "paper" and "text" in config.modalities or args.text_init:
             load_text_weights(run.model, text_sources(args.text_init))
             run.ema.load_state_dict(run.model.state_dict())
+        run.save(None)  # an unwritable folder shows now; an older run ends only if this succeeds
+        run.log_file_of([])
         (folder / "eval.json").unlink(missing_ok=True)
         shutil.rmtree(folder / "samples", ignore_errors=True)
-        run.log_file_of([])
-        run.save(None)  # an unwritable folder shows now, and an older run ends here
 
     def stop(number, _):
         run.stop = number
@@ -2671,6 +2676,13 @@ def main(argv=None):
     except (UserError, OSError) as error:
         if not torch.distributed.is_torchelastic_launched() or os.environ["RANK"] == "0":
             print(f"diffmvae.py: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and \
+                "allocate memory" not in str(error):  # as PyTorch says it of a CPU
+            raise
+        print("diffmvae.py: out of memory; take a smaller --batch-size, --num or --eval-num",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("diffmvae.py: interrupted", file=sys.stderr)
