@@ -1294,6 +1294,20 @@ def test_warmup_weighting(tmp_path):
     assert off.model.decoders["image"].weighting == "simple"
 
 
+def test_auxiliary_model_learns_samples_not_means(monkeypatch):
+    """[Sec. 3.4] z ~ N(mu, exp(logvar)) of rows drawn at random, with their own variance."""
+    config, seen = tiny(aux_batch_size=4000), []
+    model = model_of(config)
+    monkeypatch.setattr(model.aux, "nll", lambda z: seen.append(z) or z.sum(1))
+    mu = torch.tensor([[-100.0], [100.0]]).expand(2, 16)
+    logvar = torch.tensor([[0.0], [4.0]]).expand(2, 16)
+    D.stage2_loss(model, (mu, logvar), config, 0)
+    low, high = seen[0][seen[0][:, 0] < 0], seen[0][seen[0][:, 0] > 0]
+    assert len(low) == pytest.approx(2000, abs=200) and len(low) + len(high) == 4000
+    assert low.std().item() == pytest.approx(1, rel=0.02)
+    assert high.std().item() == pytest.approx(math.exp(2), rel=0.02)
+
+
 def test_auxiliary_moments_are_those_of_the_samples(tmp_path, monkeypatch):
     """[Sec. 3.4] mean and std of z ~ q(z|x) over the training set: spread of means, and noise."""
     run, data = start(tmp_path, steps=1, aux_steps=1)
@@ -1313,6 +1327,17 @@ def test_full_posteriors_are_products_of_all(tmp_path):
     got, x = D.full_posteriors(run.ema, data, rows), data.rows(rows)
     want = D.product_of_experts(*run.ema.encode(x), torch.ones(5, 3).bool())
     assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(got, want))  # bfloat16
+
+
+def test_gradient_is_of_the_mean_over_the_batch():
+    """Its norm is returned as it was, clipped it is used; an earlier one has no part in it."""
+    x = torch.randn(8, 3)
+    p = nn.Parameter(torch.zeros(3))
+    optimizer, want = torch.optim.Adam([p]), x.mean(0).norm().item()
+    for clip in (2 * want, 0.5 * want):
+        norm = D.gradient(optimizer, [p], {"total": (p * x).sum(1)}, clip)
+        assert norm.item() == pytest.approx(want) and p.grad.norm().item() == pytest.approx(
+            min(want, clip), rel=1e-4)
 
 
 def test_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):
@@ -3015,8 +3040,9 @@ def end(process, moment, number, delay):
 def test_killed_training_goes_on(tmp_path):
     """SIGTERM and Ctrl-C save, kill -9 leaves a checkpoint that loads, in either stage; after
     --resume the weights are those of a run that nobody disturbed."""
-    script = SHORT.replace("sys.exit", "D.SMALL.update(log_every=1, save_every=10); sys.exit")
-    flags = shlex.split("--dataset celeba --train --steps 40 --aux-steps 120 --batch-size 2 "
+    script = SHORT.replace("sys.exit", "D.SMALL.update(log_every=1, save_every=10, image_size=16, "
+                           "unet_width=16, image_channels=(8, 8, 16), aux_width=16); sys.exit")
+    flags = shlex.split("--dataset celeba --train --steps 60 --aux-steps 150 --batch-size 2 "
                         "--run run")
 
     def launch(folder, *more):
