@@ -2129,16 +2129,6 @@ class Evaluation:
     def bits(self, name, value):
         return in_bits(self.data, self.model.config, name, value)
 
-    def supervised(self):
-        """The judge's own row of Table 3: what can be read off real images, and with captions
-        what one true caption scores against all ten."""
-        read = read_images(self.judge, self.x["image"])[1]
-        out = {f"Supervised, {n} from image: F1": mean_f1(read[n], self.true[n]) for n in read}
-        if "text" in self.x:
-            out["one true caption against all ten: F1"] = mean_f1(*(
-                a["text"] for a in (self.given, self.true)))
-        return out
-
     @torch.no_grad()
     def run(self, repeats, seed, options):
         """-> {figure: {"mean", "std", "paper"}} over that many repeats, with seeds from `seed`.
@@ -2332,7 +2322,7 @@ def parse_args(argv=None):
 def add_evaluation_flags(parser):
     """What --eval measures, and how often."""
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-num", type=positive(int), help="test items of --eval (default: 500, with "
+    add("--eval-num", type=positive(int), help="test items of --eval (default: 400, with "
         "--inception the whole test split, as FID depends on the number)")
     add("--eval-repeats", type=positive(int), default=3, help="draws of everything that --eval "
         "generates, with seeds counting from --seed; it prints mean and deviation (default: 3)")
@@ -2608,7 +2598,7 @@ def run_evaluation(args, model, data, folder):
     clip = load_clip(args.clip, data.device) if args.clip else None
     judge = get_judge(folder.parent / name, data)
     start, seed, options = time.time(), args.seed or 0, sampling_options(args)
-    num = args.eval_num or (len(data.split["test"]) if inception else 500)
+    num = args.eval_num or (len(data.split["test"]) if inception else 400)
     evaluation = Evaluation(model, data, judge, num, inception, clip)
     figures = evaluation.run(args.eval_repeats, seed, options)
     settings = {"model": model_name(model.config), "items": len(evaluation.x["image"]),

@@ -769,6 +769,19 @@ def test_unet_uses_time_and_z():
     assert not torch.allclose(base, unet(x, t, -z), atol=1e-3)
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_attention_is_pytorchs(dims):
+    """Two heads of 32 channels over the positions of rows and pictures, and a residual."""
+    torch.manual_seed(0)
+    layer, h = D.Attention(64, dims), torch.randn(2, 64, *[5] * dims)
+    assert torch.equal(layer(h), h)                              # starts as a no-op
+    randomise(layer)
+    q, k, v = layer.qkv(layer.norm(h)).flatten(2).view(2, 3, 2, 32, -1).transpose(-1, -2).unbind(1)
+    y = nn.functional.scaled_dot_product_attention(q, k, v)      # (2, heads, P, 32)
+    want = h + layer.out(y.transpose(-1, -2).reshape(h.shape))
+    assert torch.allclose(layer(h), want, atol=1e-5) and (want - h).abs().max() > 0.1
+
+
 def test_time_embedding():
     """The network sees 1000 t: cos, then sin, of 1000 t / 10000^(k / half)."""
     angles = 370 / 10_000 ** (np.arange(4) / 4)
