@@ -868,7 +868,8 @@ def parse_args(argv=None):
     parser.add_argument("--size", type=int, help="side of the pictures in pixels, a multiple of 8 "
                         "(default: 128 for celeba, 64 for cub)")
     parser.add_argument("--skip-bad", action="store_true",
-                        help="leave out pictures whose files cannot be read, and list them")
+                        help="leave out pictures with files that are missing or damaged, and list "
+                        "them")
     args = parser.parse_args(argv)
     if args.size is None:
         args.size = PREPARE[args.dataset][1]

@@ -1311,7 +1311,7 @@ FORMAT = 1  # of the checkpoints below
 
 @contextmanager
 def new_file(path, need):
-    """A binary file of `need` bytes that becomes `path` when it is whole and on the disk.
+    """A binary file of about `need` bytes that becomes `path` when it is whole and on the disk.
 
     UserError if it cannot be written; what was at `path` then stays, as after a kill at any moment.
     """
