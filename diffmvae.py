@@ -746,7 +746,7 @@ class TextDecoder(nn.Module):
     def logits(self, z, ids, cache):
         """Tokens (B, T) -> logits of the tokens after them (B, T, V); extends the cache."""
         embeds = self.gpt.transformer.wte(ids) + self.embed(z).unsqueeze(1)  # (B, T, width)
-        return self.gpt(inputs_embeds=embeds, past_key_values=cache).logits.float()
+        return self.gpt(None, cache, inputs_embeds=embeds).logits.float()  # no names: they change
 
     def nll(self, z, text):
         """-log p(caption|z), summed over its tokens and <EOS>: (B,) nats; padding is left out."""

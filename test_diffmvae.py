@@ -9,6 +9,7 @@ integration, torch.distributions.
 import ast
 import copy
 import functools
+import inspect
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -1044,10 +1046,11 @@ def generated(decoder, z, **how):
     hook = gpt.transformer.wte.register_forward_hook(
         lambda module, args, out: out + decoder.embed(z).unsqueeze(1))
     try:
-        return gpt.generate(input_ids=torch.full((n, 1), decoder.bos), past_key_values=
-                            decoder.remember(z), attention_mask=torch.ones(n, 2).long(),
-                            pad_token_id=decoder.pad, eos_token_id=decoder.eos,
-                            max_length=decoder.length, **how)
+        name = list(inspect.signature(gpt.forward).parameters)[1]  # transformers renamed it
+        return gpt.generate(input_ids=torch.full((n, 1), decoder.bos),
+                            attention_mask=torch.ones(n, 2).long(), pad_token_id=decoder.pad,
+                            eos_token_id=decoder.eos, max_length=decoder.length,
+                            **{name: decoder.remember(z)}, **how)
     finally:
         hook.remove()
 
@@ -1060,6 +1063,15 @@ def sharp_decoder():
             p.mul_(4)
         decoder.gpt.transformer.wte.weight[decoder.eos].mul_(3)
     return decoder
+
+
+def test_text_networks_warn_of_nothing(birds):
+    """The transformers library renames arguments, with a warning first."""
+    model = model_of(tiny("cub"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.neg_elbo(birds)["total"].sum().backward()
+        model.sample_conditional({"text": birds["text"]}, steps=1)
 
 
 def test_greedy_captions_are_those_of_generate():
