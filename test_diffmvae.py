@@ -2630,7 +2630,7 @@ def torchrun(folder, flags):
 def test_torchrun_equals_one_process(tmp_path):
     """Two processes: the losses and gradients of one with the same whole batch, over 20 steps and
     the second stage; one writes; --resume goes on; a picture at the end is made once."""
-    flags = "--train --steps 20 --aux-steps 3 --batch-size 8 "
+    flags = "--train --steps 20 --aux-steps 3 --batch-size 8 --lr 1e-5 "  # Adam amplifies rounding
     logs, often = [], {**D.PRESETS["celeba"]["small"], "log_every": 1, "save_every": 10}
     for run, program in (
             ("1", functools.partial(command, has_fast_bf16=lambda device: False,
@@ -2644,7 +2644,7 @@ def test_torchrun_equals_one_process(tmp_path):
     assert [len(log) for log in logs] == [24, 24]                # 20 + 3, and the figures
     for one, two in zip(*logs):
         assert (one["stage"], one["step"]) == (two["stage"], two["step"])
-        close = 1e-4 if one["stage"] == 1 and one["step"] <= 8 else 1e-2  # Adam amplifies rounding
+        close = 1e-4 if one["stage"] == 1 else 1e-2              # of the second: other posteriors
         for name in set(one) - {"seconds"}:
             assert two[name] == pytest.approx(one[name], rel=close, abs=0.05 * (
                 "lr" not in one)), (name, one, two)
