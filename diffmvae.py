@@ -5,15 +5,16 @@ Paper   Multimodal ELBO with Diffusion Decoders, D. Wesego & P. Rooshenas, arXiv
 
 Objective, minimised, in nats, sums over dimensions, mean over the batch [Eq. 5]:
 
-    E_A E_{z ~ q(z|x_A)} [ sum_i -log p(x_i|z)                              feed-forward decoders
+    E_A E_{z ~ q(z|x_A)} [ sum_i w_i -log p(x_i|z)                          feed-forward decoders
                          + sum_j E_t 1/2 lambda(t) ||score_j - s_theta||^2 ]  diffusion decoders
     + beta E_A KL(q(z|x_A) || N(0, I))
 
     A is a uniformly drawn subset of the modalities, q(z|x_A) the product of its experts. The
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
-    It is a bound for lambda = g^2 and beta = 1; our defaults are lambda = 1 after a warm-up,
-    beta = 0.1, 20 times the attribute term and, in the small preset, 20 times the caption term
-    (README, "Choices the paper leaves open").
+    It is a bound, but for the ends of time (image_bound has them), for lambda = g^2, beta = 1 and
+    w_i = 1. Our defaults are lambda = 1 after a warm-up, as the noise error of [Eq. 1] without the
+    1/2, beta = 0.1, w = 20 for attributes and, in the small preset, for captions (README,
+    "Choices the paper leaves open").
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         python diffmvae.py --dataset celeba --sample cond --given mask=face.png attr=Smiling,Bangs
@@ -465,6 +466,8 @@ class DiffMVAE(nn.Module):
 
     def decode(self, z, noise, names=None, **options):
         """z -> the named modalities, by default all; options: sampler, steps, top_p."""
+        if unknown := options.keys() - {"sampler", "steps", "top_p"}:
+            raise TypeError(f"decode: unknown options {', '.join(sorted(unknown))}")
         return {name: self.decoders[name].sample(z, noise, **options)
                 for name in names or self.config.modalities}
 
@@ -485,6 +488,8 @@ class DiffMVAE(nn.Module):
     @torch.no_grad()
     def sample_unconditional(self, n, prior="aux", generator=None, **options):
         """[Sec. 3.4] z from the auxiliary model, or N(0, I) if prior="gaussian"; then decode."""
+        if prior not in ("aux", "gaussian"):
+            raise ValueError(f"prior {prior!r}: choose aux or gaussian")
         noise = Noise(n, generator, self.aux.mean.device)
         z = self.aux.sample(noise) if prior == "aux" else noise(self.config.latent)
         return self.decode(z, noise, **options)
@@ -522,7 +527,8 @@ class DiffusionDecoder(nn.Module):
         return self.sde.eps_from_v(self.unet(x_t, t, z).float(), x_t, t)
 
     def nll(self, z, x):
-        """[Eq. 2], in nats up to terms without parameters, or [Eq. 1] with lambda = 1: (B,)."""
+        """[Eq. 2] on [t_min, 1], in nats (image_bound adds the ends), or [Eq. 1] with lambda = 1:
+        (B,)."""
         return self.sde.loss(lambda x_t, t: self.eps(x_t, t, z), x, self.weighting)
 
     def sample(self, z, noise, sampler="ddim", steps=50, **_):
@@ -1377,7 +1383,7 @@ def load(checkpoint_path, device="cpu"):
     return model.to(device).eval()
 
 
-MVTCAE_ALPHA = 0.9  # as in SBM-VAE's code, paper [42]; the alpha of the paper's [11]
+MVTCAE_ALPHA = 0.9  # alpha of the paper's [11], whose code has 5/6; as in SBM-VAE's code, [42]
 
 
 def neg_mvtcae(model, x):
@@ -2035,10 +2041,10 @@ def eight_bit_nll(x, mean, std):
 def image_bound(decoder, z, x):
     """-log P(8-bit image | z), of a diffusion decoder its upper bound: -> (B,) nats on the CPU.
 
-    Diffusion: [Eq. 2], mean of four draws, plus the two ends that the loss leaves out because they
-    have no parameters: KL(q(x_1|x_0) || N(0, I)), and the step from t_min to the 256 values,
-    N(x_0_hat, (sigma/alpha)^2) in bins. Feed-forward: the Gaussian in bins, with the one variance
-    that suits these images best; the 1/2 of training would cost 7.8 bits a value at its best.
+    Diffusion: [Eq. 2], mean of four draws, plus the two ends that the loss leaves out:
+    KL(q(x_1|x_0) || N(0, I)), and the step from t_min to the 256 values, N(x_0_hat,
+    (sigma/alpha)^2) in bins. Feed-forward: the Gaussian in bins, with the variance that suits these
+    very images best, which favours it: the 1/2 of training costs 7.8 bits a value at its best.
     """
     if isinstance(decoder, GaussianDecoder):
         mean = decoder.net(z).float()
@@ -2099,7 +2105,8 @@ def model_name(config):
     the decoder; MoPoE also the prior expert of its own paper, [35]."""
     if config.decoder == "diffusion":
         name = "Diff-MVAE*" if config.weighting == "simple" else "Diff-MVAE"
-        return name if config.objective == "mopoe" else f"{name} with MVTCAE's objective"
+        name += " with MVTCAE's objective" * (config.objective == "mvtcae")
+        return name + " with a prior expert" * bool(config.prior_expert)
     if config.objective == "mvtcae":
         return "MVTCAE"
     return "MoPoE" if config.prior_expert else "MoPoE*"
@@ -2253,10 +2260,12 @@ class Evaluation:
                 nats = {name: value.sum().item() / n for name, value in terms.items()}
                 sums[f"Eq. 5 bound, {label}: bits per image value"] += \
                     sum(nats.values()) / dims / math.log(2)
-            sums.update({f"Eq. 5 bound, A = all: {name}, nats": v for name, v in nats.items()})
-            if "text" in x:
-                sums["text, z of another item: nats"] += self.model.decoders["text"].nll(
-                    z.roll(1, 0), x["text"]).sum().item() / n
+                if label == "A = all":
+                    sums.update({f"Eq. 5 bound, {label}: {part}, nats": value
+                                 for part, value in nats.items()})
+                    if "text" in x:
+                        sums["text, z of another item: nats"] += self.model.decoders["text"].nll(
+                            z.roll(1, 0), x["text"]).sum().item() / n
             bar.update()
         return dict(sums)
 
@@ -2293,30 +2302,37 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print configuration and sizes, time one training "
         "step and one DDIM step, write nothing")
     add = parser.add_argument_group("where").add_argument
-    add("--data", type=Path, help="folder made by data_prep.py (default: data/<dataset> if it is "
-        "there, else the built-in toy set)")
+    add("--data", type=Path, help="folder made by data_prep.py, or toy for the built-in toy set "
+        "(default: data/<dataset> if it is there, else toy)")
     add("--run", type=Path, help="run folder (default: runs/<dataset>[-toy][-variant])")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
     add("--seed", type=number(int, lambda n: 0 <= n < 2 ** 63, "below zero or too large"),
         help="of training, sampling and evaluation (default: 0)")
     add_training_flags(parser)
-    add = parser.add_argument_group("sampling, also in --eval").add_argument
+    add_sampling_flags(parser)
+    add_evaluation_flags(parser)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def add_sampling_flags(parser):
+    """What --sample draws, and how it and --eval generate."""
+    add = parser.add_argument_group("sampling").add_argument
     add("--given", nargs="+", default=[], metavar="NAME[=VALUE]",
         help="for --sample cond: modalities of the test split (mask attr) or your own "
              "(image=photo.jpg mask=mask.png attr=Smiling,Bangs text='a small red bird')")
     add("--prior", choices=["aux", "gaussian"], default="aux",
         help="for --sample uncond: z from the auxiliary model (default) or from N(0, I)")
-    add("--sampler", choices=list(SAMPLERS), default="ddim",
-        help="how diffusion models are sampled (default: ddim)")
-    add("--sampler-steps", type=positive(int), default=50, help="network calls (default: 50)")
+    add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
+    add = parser.add_argument_group("generating, in --sample and --eval").add_argument
+    add("--sampler", choices=list(SAMPLERS), help="of diffusion image decoders (default: ddim, "
+        "with --weighting likelihood euler-maruyama)")
+    add("--sampler-steps", type=positive(int),
+        help="network calls an image (default: 50, of euler-maruyama 100)")
     add("--top-p", type=number(float, lambda p: 0 <= p <= 1, "not between 0 and 1"),
         default=0.0, help="captions by nucleus sampling with this mass; 0, "
         "the default, takes the most probable token each time")
-    add("--num", type=positive(int), default=8, help="rows of the picture (default: 8)")
-    add_evaluation_flags(parser)
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    return args
 
 
 def add_evaluation_flags(parser):
@@ -2399,6 +2415,8 @@ def check_args(parser, args):
             parser.error(f"{flag}: only the cub setup has text")
     if (args.inception or args.clip) and not args.eval:
         parser.error("--inception and --clip need --eval")
+    if args.decoder == "feedforward" and args.weighting == "likelihood":
+        parser.error("--weighting likelihood is of the diffusion decoder, not feedforward")
     if args.objective == "mvtcae" and args.prior_expert:
         parser.error("--objective mvtcae has no --prior-expert")
     training = [n for n in ("preset", "beta", "steps", "epochs", "aux_steps",
@@ -2472,7 +2490,7 @@ def fit_to_data(args, config, data, source, folder):
 def choose(args):
     """Device, data, configuration and run folder from the flags and from what is on the disk."""
     device, source = pick_device(args.device), args.data or Path("data") / args.dataset
-    toy = args.data is None and not source.exists()
+    toy = args.data == Path("toy") or args.data is None and not source.exists()
     variant = "".join(f"-{word}" for word, on in (
         ("feedforward", args.decoder == "feedforward"), ("prior", args.prior_expert),
         ("likelihood", args.weighting == "likelihood"), ("mvtcae", args.objective == "mvtcae"))
@@ -2490,8 +2508,8 @@ def choose(args):
     config = new_config(args, dataset, toy) if new else trained_config(args, folder, dataset)
     if toy:
         name = {"celeba": "FACES", "cub": "BIRDS"}[args.dataset]
-        print(f"*** No data at {source}: using the built-in TOY {name}, preset {config.preset}. "
-              "***")
+        reason = "" if args.data else f"No data at {source}. "
+        print(f"*** {reason}Using the built-in TOY {name}, preset {config.preset}. ***")
         few = {"train": config.batch_size, "val": 2, "test": 2} if args.dry_run else None
         data = toy_data(args.dataset, config.image_size, device, few)
     else:
@@ -2575,9 +2593,12 @@ def run_training(args, config, data, folder, device):
     return 0
 
 
-def sampling_options(args):
-    """What DiffMVAE.decode takes, from the flags."""
-    return dict(sampler=args.sampler, steps=args.sampler_steps, top_p=args.top_p)
+def sampling_options(args, config):
+    """What DiffMVAE.decode takes, from the flags or as the paper samples the model [Sec. 4.1]; how
+    many Euler-Maruyama steps it takes, it does not say."""
+    sampler = args.sampler or ("ddim" if config.weighting == "simple" else "euler-maruyama")
+    steps = args.sampler_steps or (100 if sampler == "euler-maruyama" else 50)
+    return dict(sampler=sampler, steps=steps, top_p=args.top_p)
 
 
 def run_sampling(args, model, data, folder):
@@ -2586,8 +2607,8 @@ def run_sampling(args, model, data, folder):
     stem = "-".join(["given", *names]) if names else f"uncond-{args.prior}"
     stem += f"-top{args.top_p}" * bool(args.top_p)
     path = folder / "samples" / f"{stem}{'-own' if own else ''}-seed{args.seed or 0}.png"
-    sample_pictures(model, data, path, names, args.num, args.seed or 0, sampling_options(args),
-                    args.prior, own)
+    options = sampling_options(args, model.config)
+    sample_pictures(model, data, path, names, args.num, args.seed or 0, options, args.prior, own)
 
 
 def run_evaluation(args, model, data, folder):
@@ -2597,7 +2618,7 @@ def run_evaluation(args, model, data, folder):
     inception = load_inception(args.inception, data.device) if args.inception else None
     clip = load_clip(args.clip, data.device) if args.clip else None
     judge = get_judge(folder.parent / name, data)
-    start, seed, options = time.time(), args.seed or 0, sampling_options(args)
+    start, seed, options = time.time(), args.seed or 0, sampling_options(args, model.config)
     num = args.eval_num or (len(data.split["test"]) if inception else 400)
     evaluation = Evaluation(model, data, judge, num, inception, clip)
     figures = evaluation.run(args.eval_repeats, seed, options)

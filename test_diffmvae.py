@@ -705,6 +705,14 @@ def test_priors_differ():
     for prior in ("aux", "gaussian"):
         model.sample_unconditional(500, prior, steps=2, generator=torch.Generator().manual_seed(0))
     assert seen[0].mean() > 3 and abs(seen[1].mean()) < 0.05 and abs(seen[1].std() - 1) < 0.05
+    with pytest.raises(ValueError, match="choose aux or gaussian"):
+        model.sample_unconditional(2, "gausian")
+
+
+def test_unknown_options_are_refused(faces):
+    """A misspelt option must not silently mean the default."""
+    with pytest.raises(TypeError, match="unknown options step"):
+        model_of(tiny()).eval().sample_conditional({"mask": faces["mask"]}, step=20)
 
 
 def test_absent_modalities_are_never_read(faces):
@@ -2120,6 +2128,7 @@ def test_rows_of_the_paper(tmp_path, capsys):
     for name, changes in names.items():
         assert D.model_name(tiny(**changes)) == name
     assert "MVTCAE" in D.model_name(tiny(objective="mvtcae"))
+    assert D.model_name(tiny(prior_expert=True)) not in D.PAPER["celeba"]
     assert all(len(row) == len(table["figures"]) for table in D.PAPER.values()
                for row in table.values())
     run, data = start(tmp_path)
@@ -2462,6 +2471,28 @@ def test_command_sample(trained, flags, file):
     assert len(record["rows"]) == 2
 
 
+@pytest.mark.parametrize("weighting,flags,want", [
+    ("simple", "", ("ddim", 50)), ("likelihood", "", ("euler-maruyama", 100)),
+    ("simple", "--sampler euler-maruyama", ("euler-maruyama", 100)),
+    ("likelihood", "--sampler dpm++", ("dpm++", 50)),
+    ("likelihood", "--sampler-steps 7", ("euler-maruyama", 7))])
+def test_models_are_sampled_as_in_the_paper(weighting, flags, want):
+    """[Sec. 4.1] DDIM with 50 steps for lambda = 1, Euler-Maruyama for lambda = g^2."""
+    args = D.parse_args(f"--dataset celeba --sample uncond {flags}".split())
+    options = D.sampling_options(args, tiny(weighting=weighting))
+    assert (options["sampler"], options["steps"]) == want
+
+
+def test_data_toy(tmp_path):
+    """--data toy: the built-in set, in its own run folder, though prepared data are there."""
+    (tmp_path / "data/celeba").mkdir(parents=True)
+    flags = "--train --steps 1 --aux-steps 1 --batch-size 4"
+    assert "not a complete data set" in command(tmp_path, flags).stderr
+    result = command(tmp_path, flags + " --data toy")
+    assert result.returncode == 0 and "*** Using the built-in TOY FACES" in result.stdout
+    assert (tmp_path / "runs/celeba-toy/checkpoint.pt").exists()
+
+
 def test_command_birds(tmp_path, clip_folder):
     """The same commands for CUB: train, every --given, no given, captions greedy and not,
     --eval, --resume."""
@@ -2791,6 +2822,7 @@ BAD_FLAGS = [
     ("", "nothing to do"), ("--sample cond", "belong together"),
     ("--sample uncond --given mask", "belong together"),
     ("--sample cond --given sound", "choose from image, mask, attr"),
+    ("--train --decoder feedforward --weighting likelihood", "of the diffusion decoder"),
     ("--sample cond --given mask mask", "each once"),
     ("--sample cond --given mask attr=Bald", "all your own"),
     ("--sample cond --given attr=Freckles", "no attribute Freckles; the model knows Bald, Bangs"),
