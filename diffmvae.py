@@ -1553,8 +1553,9 @@ def hints(history, figures):
     for name in ("mask", "attr", "text") if figures else ("total",):
         if name in last and len(history) >= 5 and \
                 sum(row[name] for row in history[-5:]) / 5 > 0.98 * first[name] > 0:
-            found[name] = f"{name} {last[name]} has not fallen since the start: is it cut off " \
-                          "from the gradient, or --lr wrong?"
+            found[name] = f"{name} {last[name]} has not fallen since the start: " + (
+                "is it cut off from the gradient, or --lr wrong?" if figures else
+                "--aux-steps may be too few, or z so close to N(0, I) that nothing is to learn")
     if figures.get("information", math.inf) < 1:
         found["information"] = f"z holds {figures['information']} nats of x: the posterior has " \
                                "collapsed; a smaller --beta may help"
@@ -1622,7 +1623,8 @@ def fit(run, prefixes, total, loss_of, probe=dict):
                 bar.set_postfix({name: f"{value:.4g}" for name, value in run.history[-1].items()})
             if first and (run.step % config.probe_every == 0 or run.step == total):
                 figures = probe()
-                if run.history and 5 * run.step >= total:  # before, none of them means anything
+                late = {1: 0.2, 2: 0.5}[run.stage] * total  # before, none of them means anything
+                if run.history and run.step >= late:
                     run.warn(hints(run.history, figures) | without_gradient(run.model, prefixes))
             if run.step % config.save_every == 0:
                 run.save(optimizer)
@@ -1780,7 +1782,7 @@ def cell(name, value, width, height):
         lines = [word.replace("_", " ") for word in value] or ["(none of the 18)"]
         return written(lines, width, height)
     if name == "text":
-        return written(textwrap.wrap(value, 27)[:12] or ["(nothing)"], width, height)
+        return written(textwrap.wrap(value, width // 6 - 1)[:12] or ["(nothing)"], width, height)
     pixels = eight_bits(2 * value - 1 if name == "mask" else value).expand(3, -1, -1)
     pixels = pixels.permute(1, 2, 0).cpu().numpy()               # (H, W, 3)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)

@@ -1507,6 +1507,16 @@ def test_training_gives_each_hint_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("z holds") == 1
 
 
+def test_second_stage_is_judged_from_its_half(tmp_path):
+    """The auxiliary model of captions begins to learn late: no hint before half of its steps."""
+    run, data = start(tmp_path, steps=1, aux_steps=14, probe_every=1, log_every=1)
+    aux = run.model.aux
+    aux.nll = lambda z: torch.full((len(z),), 5.0) + 0.0 * sum(p.sum() for p in aux.parameters())
+    D.train(run, data)
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [row["step"] for row in rows if "--aux-steps may be" in row.get("hint", "")] == [7]
+
+
 def test_resume_remembers_the_log_and_its_hints(tmp_path):
     """What a term is compared with is its start, not where the run was resumed; hints given are
     not given again; a log cut short or missing stops nothing."""
