@@ -2549,7 +2549,7 @@ def test_readme_code_runs(trained, monkeypatch):
     result = command(folder, "--train --steps 1 --aux-steps 1 --batch-size 8", "cub")
     assert result.returncode == 0, result.stderr
     blocks = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, {})
 
