@@ -1802,9 +1802,10 @@ def draw_grid(path, title, columns, rows):
         else:
             places.append((x, 0))
             x += widths[k] + gap
-    height = tile + under + gap
-    grid = Image.new("RGB", (x, head + height * len(rows)), "white")
-    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
+    height, font = tile + under + gap, ImageFont.load_default(13)
+    across = max(x, math.ceil(font.getlength(title)) + 12)
+    grid = Image.new("RGB", (across, head + height * len(rows)), "white")
+    pen = ImageDraw.Draw(grid)
     pen.text((6, 4), title, "black", font=font)
     for (text, name, values), (left, top), width in zip(columns, places, widths):
         if top == 0:

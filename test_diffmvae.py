@@ -2395,6 +2395,15 @@ def test_toy_bird_words_are_visible(name, values):
         assert changed >= 3, (name, changed)
 
 
+def test_title_fits_a_narrow_grid(tmp_path):
+    """A grid of one column is as wide as its title."""
+    sizes = []
+    for title in ("short", "long " * 40):
+        D.draw_grid(tmp_path / "x.png", title, [("a", "mask", torch.zeros(1, 1, 8, 8))], ["0"])
+        sizes.append(Image.open(tmp_path / "x.png").width)
+    assert sizes[0] < 250 and sizes[1] > 1000
+
+
 def test_captions_are_drawn_under_the_pictures(tmp_path):
     """Birds: one column for the test item, one for what is made, each with its caption below."""
     run, data = start(tmp_path, dataset="cub")
