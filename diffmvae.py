@@ -5,7 +5,7 @@ Paper   Multimodal ELBO with Diffusion Decoders, D. Wesego & P. Rooshenas, arXiv
 
 Objective, minimised, in nats, sums over dimensions, mean over the batch [Eq. 5]:
 
-    E_A E_{z ~ q(z|x_A)} [ sum_i w_i -log p(x_i|z)                          feed-forward decoders
+    E_A E_{z ~ q(z|x_A)} [ sum_i -w_i log p(x_i|z)                          feed-forward decoders
                          + sum_j E_t 1/2 lambda(t) ||score_j - s_theta||^2 ]  diffusion decoders
     + beta E_A KL(q(z|x_A) || N(0, I))
 

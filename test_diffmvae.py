@@ -2395,6 +2395,13 @@ def test_toy_bird_words_are_visible(name, values):
         assert changed >= 3, (name, changed)
 
 
+def test_captions_wrap_to_their_cell():
+    """No letter reaches the right edge, however narrow the cell."""
+    for width in (128, 168):
+        picture = np.asarray(D.cell("text", "a large blue bird with a red belly " * 2, width, 128))
+        assert (picture[:, -3:] == 255).all() and (picture[:, width // 2:] < 128).any()
+
+
 def test_title_fits_a_narrow_grid(tmp_path):
     """A grid of one column is as wide as its title."""
     sizes = []
