@@ -1,40 +1,28 @@
 """Data for diffmvae.py: raw data sets to memory-mappable arrays; built-in toy faces and birds.
 
-    python data_prep.py --dataset celeba --raw CelebAMask-HQ            # 128x128, paper Sec. 4.2
-    python data_prep.py --dataset celeba --raw CelebAMask-HQ --size 64  # for a laptop
-    python data_prep.py --dataset cub --raw FOLDER                      # 64x64, paper Sec. 4.1
+    python data_prep.py --dataset celeba --raw CelebAMask-HQ   # 128x128 pixels, paper Sec. 4.2
+    python data_prep.py --dataset cub --raw FOLDER             # 64x64 pixels, paper Sec. 4.1
 
-FOLDER has either CUB_200_2011/images and Reed's text_c10, or what the MMVAE download holds: train,
-test, text_trainvalclasses.txt and text_testclasses.txt. The splits of CUB share no class; where
-the raw data divide the classes only in two, the last twentieth of those to train on is validation.
-
-What a prepared folder holds (`--out`, default data/<dataset>):
+FOLDER has CUB_200_2011/images and Reed's text_c10, or the MMVAE download: train, test and a text
+file for each. Splits of CUB share no class. `--out` (data/<dataset>) gets:
 
     image.npy  (N, H, W, 3) uint8   RGB 0..255
     mask.npy   (N, H, W)    uint8   celeba, 0 or 1: the composite of all face parts but the skin
     attr.npy   (N, 18)      uint8   celeba, 0 or 1: the 18 attributes in the order of ATTRIBUTES
     text.json  N lists of 10        cub: the captions, as written but for whitespace at the ends
-    meta.json                       counts, rows of each split, names, size, SHA-256 of the sources
-
-The script needs numpy, pillow and tqdm, and nothing of diffmvae.py.
+    meta.json                       dataset, size, count, names, rows of each split
 """
 import argparse
-import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager, suppress
-from itertools import repeat
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -47,32 +35,49 @@ ATTRIBUTES = ("Bald", "Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair", "Bushy_
               "Wearing_Hat")
 
 
+class UserError(Exception):
+    """Something the user can mend; the scripts print it as one line and exit with 2."""
+
+
+@contextmanager
+def user_error(message):
+    """Whatever goes wrong inside becomes a UserError: the message, and the error in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{message} ({reason})") from None
+
+
+def exit_code(name, work, *args, errors=()):
+    """work(*args) -> its result or 0, or 2 after one line on stderr for what a user can mend."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # what cannot be printed ends no run
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        return work(*args) or 0
+    except (UserError, OSError, MemoryError, KeyboardInterrupt, *errors) as error:
+        print(f"{name}:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
+        return 2
+
+
 # === §1 Toy faces: drawn, so that every attribute is visible and every mask exact ===
 
 HAIR_COLOURS = {"Black_Hair": (25, 22, 30), "Blond_Hair": (240, 208, 95),
                 "Brown_Hair": (105, 62, 28), "Gray_Hair": (165, 165, 172)}
-AUBURN = (190, 60, 25)  # hair of none of the four named colours, as many real faces have
-SUPERSAMPLE = 4
 
 
 def draw_attributes(rng):
-    """One random attribute set that a picture can show in full: -> {name: bool}, all 18 names.
-
-    A bald head has no hair colour, fringe or hair shape, a hat hides the forehead, only men have
-    moustaches and make-up is mostly women's. No rate is below one in ten, so that none is rare.
-    """
+    """A random set that a picture can show in full, none of them rare: -> {name: bool}."""
     has = {name: False for name in ATTRIBUTES}
     has["Male"] = rng.random() < 0.45
     top = rng.choice(["plain", "Bangs", "Receding_Hairline", "Wearing_Hat", "Bald"],
                      p=[0.34, 0.22, 0.14, 0.17, 0.13])
-    if top != "plain":
-        has[str(top)] = True
-    if top != "Bald":
-        colour = rng.choice(["none", *HAIR_COLOURS], p=[0.12, 0.25, 0.22, 0.23, 0.18])
-        shape = rng.choice(["none", "Straight_Hair", "Wavy_Hair"], p=[0.36, 0.30, 0.34])
-        for name in (str(colour), str(shape)):
-            if name != "none":
-                has[name] = True
+    chosen = [top] if top == "Bald" else [
+        top, rng.choice(["plain", *HAIR_COLOURS], p=[0.12, 0.25, 0.22, 0.23, 0.18]),
+        rng.choice(["plain", "Straight_Hair", "Wavy_Hair"], p=[0.36, 0.30, 0.34])]
+    has.update((str(name), True) for name in chosen if name != "plain")
     for name, rate in (("Bushy_Eyebrows", 0.25), ("Eyeglasses", 0.22), ("Pale_Skin", 0.22),
                        ("Mouth_Slightly_Open", 0.42), ("Smiling", 0.47)):
         has[name] = rng.random() < rate
@@ -82,66 +87,50 @@ def draw_attributes(rng):
 
 
 class Pen:
-    """Draws the same shapes on a picture and, for the parts that count, on its mask.
+    """Draws the same shapes on a picture and, if `part` is 255 (in the mask) or 0 (skin, that hides
+    what is there), on its mask, both four times too large. Coordinates are those of a 32x32
+    picture, moved by (dx, dy)."""
 
-    Coordinates are in units of a 32x32 picture, moved by (dx, dy); both canvases are
-    SUPERSAMPLE times larger than the result.
-    """
-
-    def __init__(self, size, background, dx, dy):
-        side = size * SUPERSAMPLE
-        self.image = Image.new("RGB", (side, side), background)
-        self.mask = Image.new("L", (side, side))
+    def __init__(self, size, background, dx=0, dy=0):
+        self.image = Image.new("RGB", (4 * size, 4 * size), background)
+        self.mask = Image.new("L", (4 * size, 4 * size))
         self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.mask)
-        self.unit, self.dx, self.dy = side / 32, dx, dy
+        self.unit, self.dx, self.dy = size / 8, dx, dy
 
-    def _draw(self, shape, points, colour, part, **options):
+    def draw(self, shape, points, colour, part, **options):
         points = [((x + self.dx) * self.unit, (y + self.dy) * self.unit) for x, y in points]
-        if "width" in options:
-            options["width"] = max(1, round(options["width"] * self.unit))
-        getattr(self.pens[0], shape)(points, fill=colour, **options)
-        if part is not None:  # 255: part of the mask; 0: skin drawn over a part hides it
-            getattr(self.pens[1], shape)(points, fill=part, **options)
+        for pen, fill in zip(self.pens, (colour, part)):
+            if fill is not None:
+                getattr(pen, shape)(points, fill=fill, **options)
 
     def ellipse(self, x0, y0, x1, y1, colour, part=None):
-        self._draw("ellipse", [(x0, y0), (x1, y1)], colour, part)
+        self.draw("ellipse", [(x0, y0), (x1, y1)], colour, part)
 
     def polygon(self, points, colour, part=None):
-        self._draw("polygon", points, colour, part)
+        self.draw("polygon", points, colour, part)
 
     def line(self, points, colour, width, part=None):
-        self._draw("line", points, colour, part, width=width, joint="curve")
+        width = max(1, round(width * self.unit))
+        self.draw("line", points, colour, part, width=width, joint="curve")
 
     def result(self, size):
         """-> (size, size, 3) uint8 picture, (size, size) uint8 mask in {0, 1}."""
-        image = self.image.resize((size, size), Image.Resampling.BOX)
-        mask = self.mask.resize((size, size), Image.Resampling.BOX)
-        return np.asarray(image), (np.asarray(mask) > 127).astype(np.uint8)
+        image, mask = (np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
+                       for canvas in (self.image, self.mask))
+        return image, (mask > 127).astype(np.uint8)
 
 
 def draw_face(has, rng, size=32):
     """Draw one face with the attributes `has`: -> image (size, size, 3), mask (size, size), uint8.
-
-    What no attribute names is random: background, clothes, position, width of the head, eyes.
-    """
+    What no attribute names is random: background, clothes, position, width of the head, eyes."""
     background = tuple(int(c) for c in rng.integers(0, 256, 3))
     pen = Pen(size, background, rng.uniform(-1, 1), rng.uniform(-0.8, 0.8))
     skin = (255, 236, 224) if has["Pale_Skin"] else [(224, 172, 125), (198, 134, 90),
                                                      (150, 95, 60)][rng.integers(3)]
-    hair = next((c for n, c in HAIR_COLOURS.items() if has[n]), AUBURN)
+    hair = next((c for n, c in HAIR_COLOURS.items() if has[n]), (190, 60, 25))  # else auburn
     half = rng.uniform(7.2, 8.2)  # half the width of the head
-    draw_back_hair(pen, has, hair, half)
-    draw_body(pen, has, rng, skin)
-    draw_head(pen, has, skin, half)
-    draw_eyes(pen, has, rng, hair)
-    draw_mouth(pen, has, hair)
-    draw_top(pen, has, rng, hair, half)
-    return pen.result(size)
-
-
-def draw_back_hair(pen, has, hair, half):
-    """Long hair behind the head: straight curtains, or waves of locks; nothing when short."""
     left, right = 16 - half, 16 + half
+    # Long hair behind the head: straight curtains, or waves of locks; nothing when short
     if has["Straight_Hair"]:
         pen.polygon([(left - 2, 9), (right + 2, 9), (right + 2, 27), (left - 2, 27)], hair, 255)
     if has["Wavy_Hair"]:
@@ -149,10 +138,7 @@ def draw_back_hair(pen, has, hair, half):
             out = 3.2 if k % 2 else 1.4
             pen.ellipse(left - out, y, left + 4, y + 6, hair, 255)
             pen.ellipse(right - 4, y, right + out, y + 6, hair, 255)
-
-
-def draw_body(pen, has, rng, skin):
-    """Neck and clothes: wide square shoulders for a man, narrow round ones otherwise."""
+    # Neck and clothes: wide square shoulders for a man, narrow round ones otherwise
     cloth = tuple(int(c) for c in rng.integers(30, 226, 3))
     neck = 4.6 if has["Male"] else 2.6
     pen.polygon([(16 - neck, 22), (16 + neck, 22), (16 + neck, 34), (16 - neck, 34)], skin, 255)
@@ -161,24 +147,18 @@ def draw_body(pen, has, rng, skin):
                     cloth, 255)
     else:
         pen.ellipse(7, 28.5, 25, 42, cloth, 255)
-
-
-def draw_head(pen, has, skin, half):
-    """Ears (part of the mask) and the skin, which is not; a man's jaw is square."""
-    for x in (16 - half, 16 + half):
+    # Ears (part of the mask) and the skin, which is not; a man's jaw is square
+    for x in (left, right):
         pen.ellipse(x - 1.4, 13.5, x + 1.4, 18.5, skin, 255)
-    pen.ellipse(16 - half, 4.5, 16 + half, 26.5, skin, 0)
+    pen.ellipse(left, 4.5, right, 26.5, skin, 0)
     if has["Male"]:
         jaw = half - 1
-        pen.polygon([(16 - half, 16), (16 + half, 16), (16 + jaw, 24), (16 + jaw - 3, 27),
+        pen.polygon([(left, 16), (right, 16), (16 + jaw, 24), (16 + jaw - 3, 27),
                      (16 - jaw + 3, 27), (16 - jaw, 24)], skin, 0)
     if has["Heavy_Makeup"]:
-        for x in (16 - half + 2.4, 16 + half - 2.4):
+        for x in (left + 2.4, right - 2.4):
             pen.ellipse(x - 1.9, 17.2, x + 1.9, 20.4, (240, 85, 125))
-
-
-def draw_eyes(pen, has, rng, hair):
-    """Brows, eyes, nose and glasses, all parts of the mask."""
+    # Brows, eyes, nose and glasses, all parts of the mask
     brow = (55, 35, 25) if has["Bald"] else tuple(int(0.6 * c) for c in hair)
     iris = [(40, 30, 25), (50, 110, 60), (40, 80, 170)][rng.integers(3)]
     pen.polygon([(16, 15.5), (14.4, 19.6), (17.6, 19.6)], (170, 105, 80), 255)
@@ -194,15 +174,11 @@ def draw_eyes(pen, has, rng, hair):
         pen.line([(x - 2.6, y + 0.3), (x, y - 0.3), (x + 2.6, y + 0.3)], brow, width, 255)
     if has["Eyeglasses"]:
         pen.line([(15, 14.4), (17, 14.4)], (15, 15, 15), 1.0, 255)
-
-
-def draw_mouth(pen, has, hair):
-    """Lips (part of the mask) and moustache (not a part): wide and curved up when smiling."""
+    # Lips (part of the mask) and moustache (not a part): wide and curved up when smiling
     lips = (205, 15, 60) if has["Heavy_Makeup"] else (165, 75, 70)
-    half = 4.6 if has["Smiling"] else 2.5
-    xs = [16 - half + 2 * half * k / 8 for k in range(9)]
-    bend = [((x - 16) / half) ** 2 for x in xs]  # 1 at the corners, 0 in the middle
-    lift = 2.0 if has["Smiling"] else 0.0
+    wide, lift = (4.6, 2.0) if has["Smiling"] else (2.5, 0.0)
+    xs = [16 - wide + 2 * wide * k / 8 for k in range(9)]
+    bend = [((x - 16) / wide) ** 2 for x in xs]  # 1 at the corners, 0 in the middle
     lower = [(x, 23.6 - lift * b) for x, b in zip(xs, bend)]
     if has["Mouth_Slightly_Open"]:
         upper = [(x, y - 2.4 * (1 - b)) for (x, y), b in zip(lower, bend)]
@@ -214,14 +190,10 @@ def draw_mouth(pen, has, hair):
     if has["Mustache"]:
         colour = (45, 32, 25) if has["Bald"] else tuple(int(0.45 * c) for c in hair)
         pen.polygon([(11.4, 21.4), (13.2, 19.6), (18.8, 19.6), (20.6, 21.4), (16, 20.9)], colour)
-
-
-def draw_top(pen, has, rng, hair, half):
-    """Hair on the skull, fringe, bare temples, or a hat."""
-    left, right = 16 - half, 16 + half
+    # Hair on the skull, fringe, bare temples, or a hat with sideburns: hair stays visible
     if has["Wearing_Hat"]:
         felt = tuple(int(c) for c in rng.integers(40, 216, 3))
-        for x in (left - 0.5, right - 1.7):  # sideburns: the hair colour stays visible
+        for x in (left - 0.5, right - 1.7):
             pen.polygon([(x, 9), (x + 2.2, 9), (x + 2.2, 13.5), (x, 13.5)], hair, 255)
         crown = [(left - 0.3, 9), (left + 1.2, 1), (right - 1.2, 1), (right + 0.3, 9)]
         pen.polygon(crown, felt, 255)
@@ -233,24 +205,22 @@ def draw_top(pen, has, rng, hair, half):
         line = {"Bangs": [(right - 1, 10.4), (left + 1, 10.4)],
                 "Receding_Hairline": [(right - 1.6, 12), (right - 2.4, 6), (19, 4), (16, 5.4),
                                       (13, 4), (left + 2.4, 6), (left + 1.6, 12)]}
-        name = next((n for n in line if has[n]), None)
         plain = [(right - 1, 9.6), (20, 7.2), (16, 6.6), (12, 7.2), (left + 1, 9.6)]
-        pen.polygon(arc + line.get(name, plain), hair, 255)
+        pen.polygon(arc + next((line[name] for name in line if has[name]), plain), hair, 255)
+    return pen.result(size)
 
 
 def toy_faces(n, size=32, seed=0):
-    """`n` drawn faces: -> {"image" (n, size, size, 3), "mask" (n, size, size), "attr" (n, 18)}.
-
-    All uint8; mask and attr in {0, 1}. Face k depends on (seed, k) alone.
-    """
-    image = np.empty((n, size, size, 3), np.uint8)
-    mask, attr = np.empty((n, size, size), np.uint8), np.empty((n, len(ATTRIBUTES)), np.uint8)
+    """-> {"image" (n, size, size, 3), "mask" (n, size, size), "attr" (n, 18)}, uint8, the last two
+    in {0, 1}. Face k depends on (seed, k) alone."""
+    x = {name: np.empty((n, *shape), np.uint8) for name, shape in (
+        ("image", (size, size, 3)), ("mask", (size, size)), ("attr", (len(ATTRIBUTES),)))}
     for k in range(n):
         rng = np.random.default_rng((seed, k))
         has = draw_attributes(rng)
-        image[k], mask[k] = draw_face(has, rng, size)
-        attr[k] = [has[name] for name in ATTRIBUTES]
-    return {"image": image, "mask": mask, "attr": attr}
+        x["image"][k], x["mask"][k] = draw_face(has, rng, size)
+        x["attr"][k] = [has[name] for name in ATTRIBUTES]
+    return x
 
 
 # === §2 Toy birds: drawn, with captions that name what is drawn ===
@@ -258,10 +228,10 @@ def toy_faces(n, size=32, seed=0):
 BIRD_COLOURS = {"red": (214, 36, 36), "yellow": (250, 214, 40), "blue": (45, 85, 220),
                 "green": (45, 155, 65), "black": (22, 22, 28), "white": (246, 246, 246)}
 BEAK_COLOURS = {"yellow": (255, 200, 0), "black": (15, 15, 20)}
-BIRD_CHOICES = {"size": ("small", "large"), "bird": tuple(BIRD_COLOURS),
-                "wings": tuple(BIRD_COLOURS), "head": tuple(BIRD_COLOURS),
-                "belly": tuple(BIRD_COLOURS), "shape": ("short", "long", "curved"),
-                "beak": tuple(BEAK_COLOURS), "crown": ("pointed", "")}
+BIRD_CHOICES = {"size": ("small", "large"),
+                **dict.fromkeys(("bird", "wings", "head", "belly"), tuple(BIRD_COLOURS)),
+                "shape": ("short", "long", "curved"), "beak": tuple(BEAK_COLOURS),
+                "crown": ("pointed", "")}
 FACT_NOUN = {"size": "bird", "shape": "beak"}  # the noun that a choice describes, if not itself
 # What a caption can say: "small bird", "red wings", "long beak", "pointed crown", ...
 BIRD_FACTS = tuple(f"{value} {FACT_NOUN.get(name, name)}"
@@ -270,16 +240,8 @@ SYNONYMS = {"body": "bird", "wing": "wings", "breast": "belly", "bill": "beak", 
             "tiny": "small", "big": "large"}
 
 
-def draw_choices(rng):
-    """One random bird as words: -> {name of BIRD_CHOICES: value}."""
-    return {name: values[rng.integers(len(values))] for name, values in BIRD_CHOICES.items()}
-
-
 def facts_of(text):
-    """The BIRD_FACTS that a caption states, as a set.
-
-    Adjectives belong to the noun of their part of the sentence, or to the last noun before.
-    """
+    """The BIRD_FACTS that a caption states: adjectives go with their part's noun, or the last."""
     found, noun = set(), None
     for part in re.split(r"[,.:]|\b(?:and|with|has)\b", text.lower()):
         terms = [SYNONYMS.get(word, word) for word in part.split()]
@@ -289,17 +251,29 @@ def facts_of(text):
     return found
 
 
+STOPWORDS = set("a also an and are as at bird but by for from has have in is it its of on or that "
+                "the there this to very which while with".split())
+
+
+def content_words(text):
+    """The words of a real caption, in lower case, without STOPWORDS: a set."""
+    return set(re.findall("[a-z]{2,}", text.lower())) - STOPWORDS
+
+
+def frequent_words(captions, n=50):
+    """The n content words that are in the most captions."""
+    counts = Counter(word for text in captions for word in content_words(text))
+    return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:n])
+
+
 def draw_bird(bird, rng, size=32):
-    """Draw one bird, looking right: -> (size, size, 3) uint8. What no word names is random: the
-    background, which is light, and the position.
-    """
-    pen = Pen(size, tuple(int(c) for c in rng.integers(140, 256, 3)), 0, 0)
+    """{name of BIRD_CHOICES: value} -> (size, size, 3) uint8. What no word names is random: the
+    background, which is light, and the position."""
+    pen = Pen(size, tuple(int(c) for c in rng.integers(140, 256, 3)))
     scale = {"small": 0.78, "large": 1.05}[bird["size"]]
     x0, y0 = 13.2 + rng.uniform(-0.6, 0.6), 18 + rng.uniform(-0.6, 0.6)
     colour = {name: BIRD_COLOURS[bird[name]] for name in ("bird", "wings", "head", "belly")}
-
-    def outline(points, fill):
-        """Points around the body's centre, on the canvas."""
+    def outline(points, fill):  # points around the body's centre
         points = [(x0 + x * scale, y0 + y * scale) for x, y in points]
         pen.polygon(points, fill)
         pen.line(points + points[:1], (70, 70, 70), 0.35)
@@ -318,8 +292,7 @@ def draw_bird(bird, rng, size=32):
     ellipse(-2.0, -1.4, 5.8, 3.0, colour["wings"], 0.25)
     if bird["crown"]:
         outline([(3.4, -8), (1.6, -14), (5.6, -11), (6.6, -14.4), (9.2, -9)], colour["head"])
-    beak = {"short": [(10, -9.6), (13.4, -7), (10, -4.4)],
-            "long": [(10, -9), (17, -7), (10, -5)],
+    beak = {"short": [(10, -9.6), (13.4, -7), (10, -4.4)], "long": [(10, -9), (17, -7), (10, -5)],
             "curved": [(9.6, -10), (13.8, -9.4), (15.2, -6.6), (14.6, -1.6), (12.4, -4.6),
                        (10, -4.4)]}
     outline(beak[bird["shape"]], BEAK_COLOURS[bird["beak"]])
@@ -330,11 +303,8 @@ def draw_bird(bird, rng, size=32):
 
 
 def caption(bird, rng, everything):
-    """One sentence about a bird; without `everything` it leaves out most of the parts.
-
-    The parts come in one order: two small layers of attention that start from nothing do not
-    learn within minutes which colour belongs to which part if the order is free.
-    """
+    """One sentence about a bird, or without `everything` about some parts, always in one order:
+    small networks do not learn within minutes whose colour is whose if it is free."""
     pick = lambda *texts: texts[rng.integers(len(texts))]
     parts = [pick("a {belly} belly", "a {belly} breast"),
              pick("{wings} wings", "{wings} wings", "wings that are {wings}"), "a {head} head",
@@ -355,22 +325,16 @@ def caption(bird, rng, everything):
 
 
 def toy_birds(n, size=32, seed=0):
-    """`n` drawn birds: -> {"image" (n, size, size, 3) uint8, "text": n lists of 10 captions}.
-
-    Eight of the ten captions name everything that is drawn, two of them less. Bird k depends on
-    (seed, k) alone.
-    """
+    """-> {"image" (n, size, size, 3) uint8, "text": n lists of 10 captions}, as toy_faces."""
     image, text = np.empty((n, size, size, 3), np.uint8), []
     for k in range(n):
         rng = np.random.default_rng((seed, k))
-        bird = draw_choices(rng)
+        bird = {name: values[rng.integers(len(values))] for name, values in BIRD_CHOICES.items()}
         image[k] = draw_bird(bird, rng, size)
-        ten = []
-        while len(ten) < 10:
-            one = caption(bird, rng, everything=len(ten) < 8)
-            if one not in ten:
-                ten.append(one)
-        text.append(ten)
+        text.append([])
+        while len(text[k]) < 10:
+            one = caption(bird, rng, everything=len(text[k]) < 8)
+            text[k] += [one] * (one not in text[k])
     return {"image": image, "text": text}
 
 
@@ -382,159 +346,86 @@ IMAGES, MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
 ATTRIBUTE_FILE, MAPPING_FILE = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-to-CelebA-mapping.txt"
 
 
-# What Pillow raises on damaged files
-DAMAGED = OSError, SyntaxError, ValueError, Image.DecompressionBombError
-
-
-class DataError(Exception):
-    """Something wrong with the raw data; the message says where and what to do."""
-
-
 def read_attributes(path):
-    """The attribute file: line 1 the count, line 2 the names, then `k.jpg` and 40 times -1 or 1.
-
-    -> {k: (18,) uint8 in {0, 1}}, in the order of ATTRIBUTES. Raises DataError naming the line.
-    """
+    """The attribute file: the count, the names, then lines of `k.jpg` and 40 times -1 or 1.
+    -> {k: (18,) uint8 in {0, 1}}, in the order of ATTRIBUTES."""
     lines = path.read_text(errors="replace").splitlines()
     names = lines[1].split() if len(lines) > 1 else []
-    missing = [name for name in ATTRIBUTES if name not in names]
-    if missing:
-        raise DataError(f"{path}: line 2 names no {', '.join(missing)}; is it the attribute file?")
+    if missing := [name for name in ATTRIBUTES if name not in names]:
+        raise UserError(f"{path}: line 2 names no {', '.join(missing)}; is it the attribute file?")
     columns, rows = [names.index(name) for name in ATTRIBUTES], {}
     for number, line in enumerate(lines[2:], start=3):
         file, *values = line.split() or [""]
         if len(values) != len(names) or set(values) - {"-1", "1"} or not file[:-4].isdecimal():
-            raise DataError(f"{path}: line {number} is not 'k.jpg' and {len(names)} times -1 or 1")
+            raise UserError(f"{path}: line {number} is not 'k.jpg' and {len(names)} times -1 or 1")
         rows[int(file[:-4])] = np.array([values[c] == "1" for c in columns], np.uint8)
     if not rows or lines[0].strip() != str(len(rows)):
-        raise DataError(f"{path}: line 1 says {lines[0].strip()} images, {len(rows)} rows follow; "
-                        "the file is cut short or edited")
+        raise UserError(f"{path}: line 1 says {lines[0].strip()} images, {len(rows)} rows follow")
     return rows
 
 
-def read_mapping(path):
-    """CelebA-HQ number -> original CelebA number, from the mapping file (one header line)."""
-    try:
-        rows = [line.split() for line in path.read_text().splitlines()[1:] if line.strip()]
-        return {int(row[0]): int(row[1]) for row in rows}
-    except (ValueError, IndexError):
-        raise DataError(f"{path}: a line is not 'idx orig_idx orig_file'") from None
+def carve(items, share, *names):
+    """Sorted items -> {item: split}: the last of them, 1 / share each, for `names`."""
+    labels = [name for name in names for _ in range(max(1, len(items) // share))]
+    return dict(zip(items, ["train"] * (len(items) - len(labels)) + labels))
 
 
-def split_of(ids, mapping):
-    """Row numbers of each split: the official CelebA split, or the last 10 % + 10 % without it."""
-    split = {"train": [], "val": [], "test": []}
-    for row, k in enumerate(ids):
-        if mapping is None:
-            tenth = max(1, len(ids) // 10)
-            name = "test" if row >= len(ids) - tenth else \
-                "val" if row >= len(ids) - 2 * tenth else "train"
-        else:
-            name = "test" if mapping[k] >= 182638 else "val" if mapping[k] >= 162771 else "train"
-        split[name].append(row)
-    return split
+def split_faces(path, ids):
+    """{split: rows}: the split of CelebAMask-HQ's authors by the mapping file (a header, then lines
+    of `idx orig_idx orig_file`), or without it the last tenth for testing, one for validation."""
+    split = carve(ids, 10, "val", "test")
+    if path.exists():
+        with user_error(f"{path}: a line is missing or not 'idx orig_idx orig_file'"):
+            lines = [line.split() for line in path.read_text().splitlines()[1:]]
+            origin = {int(line[0]): int(line[1]) for line in lines if line}
+            split = {k: "test" if origin[k] >= 182638 else "val" if origin[k] >= 162771 else "train"
+                     for k in ids}
+    else:
+        print(f"no {path.name}: the last tenths are test and validation, not the official split")
+    return {name: [row for row, k in enumerate(ids) if split[k] == name]
+            for name in ("train", "val", "test")}
 
 
-def shrink(image, size):
-    """An opened picture of any mode and shape -> (size, size, 3) uint8 RGB, nothing cut off."""
-    image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder halves, down to twice the size
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+def shrink(path, size):
+    """A picture of any mode and shape -> (size, size, 3) uint8 RGB, nothing cut off."""
+    with user_error(f"{path}: cannot be read; extract it again"):
+        image = Image.open(path)
+        image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder halves, down to twice the size
+        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_face(raw, k, size):
-    """Face k: -> (size, size, 3) image, (size, size) mask in {0, 1}, SHA-256 of the files read.
-
-    The mask is the union of PARTS, resized and cut at one half. Raises DataError.
-    """
-    digest = hashlib.sha256()
-
-    def open_image(path):
-        digest.update(path.read_bytes())
-        return Image.open(path)
-
-    path = raw / IMAGES / f"{k}.jpg"
-    try:
-        image, union = shrink(open_image(path), size), None
-        for part in PARTS:
-            path = raw / MASKS / str(k // 2000) / f"{k:05d}_{part}.png"
-            if path.exists():
-                part_image = open_image(path)
-                if union is not None and part_image.size != union.shape[::-1]:
-                    raise DataError(f"{path}: {'x'.join(map(str, part_image.size))} pixels, "
-                                    "another part of this face has another size")
-                pixels = np.asarray(part_image.convert("RGB").getchannel(0)) != 0
+    """Face k: -> (size, size, 3) image, (size, size) mask, the union of PARTS cut at one half."""
+    image, union = shrink(raw / IMAGES / f"{k}.jpg", size), None
+    for part in PARTS:
+        path = raw / MASKS / str(k // 2000) / f"{k:05d}_{part}.png"
+        if path.exists():
+            with user_error(f"{path}: cannot be read; extract it again"):
+                pixels = np.asarray(Image.open(path).convert("RGB").getchannel(0)) != 0
                 union = pixels if union is None else union | pixels
-    except DAMAGED as error:
-        raise DataError(f"{path}: cannot be read ({error}); extract it again") from None
     if union is None:
-        raise DataError(f"{raw / MASKS}: no mask of face {k} ({k:05d}_*.png); extract it again")
+        raise UserError(f"{raw / MASKS}: no mask of face {k} ({k:05d}_*.png); extract it again")
     mask = Image.fromarray(union.astype(np.uint8) * 255)
     mask = np.asarray(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127
-    return image, mask.astype(np.uint8), digest.hexdigest()
+    return image, mask.astype(np.uint8)
 
 
-def check_layout(raw, skip_bad):
-    """The raw folder's parts, or DataError that lists what is missing: -> rows, mapping, ids.
-    With skip_bad, images and masks may be missing."""
-    missing = [name for name in (IMAGES, MASKS, ATTRIBUTE_FILE) if not (raw / name).exists()]
-    if missing:
-        raise DataError(f"{raw}: no {', '.join(missing)}; --raw takes the extracted CelebAMask-HQ")
+def read_celeba(raw, size):
+    """Raw CelebAMask-HQ -> numbers, {split: rows}, {"attr": array}, number -> image and mask."""
+    if missing := [name for name in (IMAGES, MASKS, ATTRIBUTE_FILE) if not (raw / name).exists()]:
+        raise UserError(f"{raw}: no {', '.join(missing)}; --raw takes the extracted CelebAMask-HQ")
     rows = read_attributes(raw / ATTRIBUTE_FILE)
-    found = {int(path.stem) for path in (raw / IMAGES).glob("*.jpg") if path.stem.isdecimal()}
-    absent = sorted(rows.keys() - found)
-    if absent and not skip_bad:
-        raise DataError(f"{raw / IMAGES}: {len(absent)} of {len(rows)} images are missing, the "
-                        f"first is {absent[0]}.jpg; extract the archive again")
-    folders = [folder for folder in (raw / MASKS).iterdir() if folder.is_dir()]
-    masked = {name[:5] for folder in folders for name in os.listdir(folder)}
-    bare = [k for k in sorted(rows) if f"{k:05d}" not in masked]
-    if bare and not skip_bad:
-        raise DataError(f"{raw / MASKS}: {len(bare)} of {len(rows)} faces have no mask, the first "
-                        f"is {bare[0]} ({bare[0]:05d}_*.png); extract the archive again")
-    path = raw / MAPPING_FILE
-    mapping = read_mapping(path) if path.exists() else None
-    unmapped = sorted(rows.keys() - (rows if mapping is None else mapping).keys())
-    if unmapped:
-        raise DataError(f"{path}: no line for {len(unmapped)} images, the first is {unmapped[0]}")
-    return rows, mapping, sorted(rows)
+    ids = sorted(rows)
+    split = split_faces(raw / MAPPING_FILE, ids)
+    return ids, split, {"attr": np.stack([rows[k] for k in ids])}, lambda k: read_face(raw, k, size)
 
 
 # === §4 Raw CUB: birds with ten captions each [Sec. 4.1] ===
 
-CUB, CAPTIONS = "CUB_200_2011", 10
-REED = "images", "text_c10"
-MMVAE = "train", "text_trainvalclasses.txt", "test", "text_testclasses.txt"
-
-
-class Birds(NamedTuple):
-    """What a raw folder says of its birds, each named "<class>/<name>", in row order."""
-
-    paths: dict      # bird -> its JPEG
-    captions: dict   # bird -> its 10 captions
-    split: dict      # class -> "train", "val" or "test"
-    official: bool   # the raw data say which classes are for testing
-    sources: dict    # text file or folder -> SHA-256
-
-
-def find(names, *folders):
-    """{name: the path in the first of the folders that has it}, without what none has."""
-    return {name: folder / name for name in names for folder in reversed(folders)
-            if (folder / name).exists()}
-
-
-def sha256(*paths):
-    """SHA-256 of the files, one after the other, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def named_files(folder, suffix):
     """{"<class>/<name>": path} of folder/<class>/<name><suffix>, sorted by class, then file."""
-    paths = folder.glob(f"[!.]*/[!.]*{suffix}")
-    return {f"{path.parent.name}/{path.stem}": path
-            for path in sorted(paths, key=lambda path: (path.parent.name, path.name))}
+    paths = sorted(folder.glob(f"[!.]*/[!.]*{suffix}"))
+    return {f"{path.parent.name}/{path.stem}": path for path in paths}
 
 
 def read_lines(path):
@@ -543,357 +434,166 @@ def read_lines(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-def class_of(bird):
-    """"<class>/<name>" -> "<class>"."""
-    return bird.split("/")[0]
-
-
-def carve_val(classes):
-    """Sorted classes without a test split: -> {class: split}, the last twentieth validation."""
-    first = len(classes) - max(1, len(classes) // 20)
-    return {name: "val" if k >= first else "train" for k, name in enumerate(classes)}
-
-
-def split_by_files(classes, files):
-    """The sorted classes by the split files {name: path}: -> {class: split}. Raises DataError.
-
-    Without files the last tenth is test, the tenth before it validation. Classes that the files
-    name and the folder lacks do not matter: it may be a part of the data set.
-    """
+def split_classes(classes, files):
+    """Sorted classes, {part: file that lists classes} -> {class: split}; without files the last
+    tenths, without a val file the last twentieth of trainval or train."""
     if not files:
-        tenth = max(1, len(classes) // 10)
-        names = ["train"] * (len(classes) - 2 * tenth) + ["val"] * tenth + ["test"] * tenth
-        return dict(zip(classes, names))
-    both = "trainclasses.txt" in files and "valclasses.txt" in files
-    omit = ("trainval",) if both or "trainvalclasses.txt" not in files else ("train", "val")
-    split = {}
-    for name, path in files.items():
-        name = name.removesuffix("classes.txt")
-        for line in read_lines(path) if name not in omit else []:
-            if split.setdefault(line, name) != name:
-                raise DataError(f"{path}: class {line} is in {split[line]}classes.txt too; keep "
-                                "it in one of them")
-    absent = [name for name in classes if name not in split]
-    if absent:
-        raise DataError(f"{', '.join(map(str, files.values()))}: {len(absent)} classes are in none "
-                        f"of them, the first is {absent[0]}; add it or remove its folder")
-    split = {name: split[name] for name in classes}
-    return split | carve_val([name for name in classes if split[name] == "trainval"])
+        print("no testclasses.txt: the last tenths are test and validation, not the official split")
+        return carve(classes, 10, "val", "test")
+    rest = "trainval" if "trainval" in files else "train"
+    parts = ("train", "val", "test") if {"train", "val"} <= files.keys() else (rest, "test")
+    listed = {part: read_lines(files[part]) for part in parts if part in files}
+    split = {name: [part for part in listed if name in listed[part]] for name in classes}
+    if wrong := [name for name in classes if len(split[name]) != 1]:
+        raise UserError(f"{', '.join(map(str, files.values()))}: class {wrong[0]} has to be in one "
+                        f"of them, not in {split[wrong[0]]}")
+    whole = [name for name in classes if split[name] == [rest] and "val" not in parts]
+    return {name: part for name, (part,) in split.items()} | carve(whole, 20, "val")
 
 
 def read_reed(images, text, folders):
-    """Pictures and captions joined by name, one text file a picture: -> Birds. Raises DataError."""
+    """Pictures and captions joined by name, one text file a picture, and files of class names in
+    one of the folders: -> {bird: path of its picture}, {bird: captions}, {class: split}."""
     paths, texts = named_files(images, ".jpg"), named_files(text, ".txt")
-    for lone, what in (([name for name in paths if name not in texts], "images without captions"),
-                       ([name for name in texts if name not in paths], "captions without image")):
-        if lone:
-            raise DataError(f"{images}, {text}: {len(lone)} {what}, the first is {lone[0]}; "
-                            "extract both again")
+    if lone := sorted(paths.keys() ^ texts):
+        raise UserError(f"{images}, {text}: {len(lone)} images or captions without the other, the "
+                        f"first is {lone[0]}; extract both again")
     captions = {name: read_lines(texts[name]) for name in paths}
     for name, lines in captions.items():
-        if len(lines) != CAPTIONS:
-            raise DataError(f"{texts[name]}: {len(lines)} captions, not {CAPTIONS}; extract it "
-                            "again")
-    names = [f"{name}classes.txt" for name in ("train", "val", "trainval", "test")]
-    files = find(names, *folders, text)
-    split = split_by_files(sorted({class_of(name) for name in paths}), files)
-    sources = {"text_c10": sha256(*texts.values()),
-               **{name: sha256(path) for name, path in files.items()}}
-    return Birds(paths, captions, split, bool(files), sources)
+        if len(lines) != 10:
+            raise UserError(f"{texts[name]}: {len(lines)} captions, not 10; extract it again")
+    files = {part: folder / f"{part}classes.txt" for part in ("train", "val", "trainval", "test")
+             for folder in folders if (folder / f"{part}classes.txt").exists()}
+    return paths, captions, split_classes(sorted({name.split("/")[0] for name in paths}), files)
 
 
-def read_mmvae(train, train_text, test, test_text):
-    """Two folders with a text file each: -> Birds. Raises DataError.
-
-    Caption i of a file belongs to image i // 10 of its folder, sorted by class, then file.
-    """
-    paths, captions, parts = {}, {}, []
-    for folder, text in ((train, train_text), (test, test_text)):
-        found, lines = named_files(folder, ".jpg"), read_lines(text)
-        if len(lines) != CAPTIONS * len(found):
-            raise DataError(f"{text}: {len(lines)} captions, not {CAPTIONS} for each of the "
-                            f"{len(found)} images in {folder}; extract both again")
+def read_mmvae(raw):
+    """Two folders with a text file each, of which caption i belongs to image i // 10 of the folder,
+    sorted by class, then file: -> as read_reed."""
+    paths, captions, classes = {}, {}, {}
+    for part, file in (("train", "text_trainvalclasses.txt"), ("test", "text_testclasses.txt")):
+        found, lines = named_files(raw / part, ".jpg"), read_lines(raw / file)
+        if len(lines) != 10 * len(found):
+            raise UserError(f"{raw / file}: {len(lines)} captions, not 10 for each of the "
+                            f"{len(found)} images in {raw / part}; extract both again")
         paths |= found
-        captions |= {name: lines[CAPTIONS * k:CAPTIONS * (k + 1)] for k, name in enumerate(found)}
-        parts.append(sorted({class_of(name) for name in found}))
-    shared = sorted(set(parts[0]) & set(parts[1]))
-    if shared:
-        raise DataError(f"{test}: class {shared[0]} is in {train} too; a class must be in one")
-    split = carve_val(parts[0]) | dict.fromkeys(parts[1], "test")
-    sources = {path.name: sha256(path) for path in (train_text, test_text)}
-    return Birds(paths, captions, split, True, sources)
+        captions |= {name: lines[10 * k:10 * k + 10] for k, name in enumerate(found)}
+        classes[part] = sorted({name.split("/")[0] for name in found})
+    split = carve(classes["train"], 20, "val") | dict.fromkeys(classes["test"], "test")
+    return paths, captions, split
 
 
-def read_cub(raw):
-    """The raw folder in either layout: -> Birds. DataError that lists what is missing."""
-    folders = raw / CUB, raw
-    reed, mmvae = find(REED, *folders), find(MMVAE, raw, raw / "cub")
-    if len(reed) == len(REED):
-        birds = read_reed(*reed.values(), folders)
-    elif len(mmvae) == len(MMVAE):
-        birds = read_mmvae(*mmvae.values())
+def read_cub(raw, size):
+    """Raw CUB in either layout -> names, {split: rows}, {"text": captions}, name -> image."""
+    places = [raw, raw / "CUB_200_2011", raw / "cub"]
+    mmvae = ("train", "test", "text_trainvalclasses.txt", "text_testclasses.txt")
+    images, text, both = ([p for p in places if all((p / name).exists() for name in names)]
+                          for names in (["images"], ["text_c10"], mmvae))
+    if images and text:
+        text = text[0] / "text_c10"
+        paths, captions, kinds = read_reed(images[0] / "images", text, [text, *places])
+    elif both:
+        paths, captions, kinds = read_mmvae(both[0])
     else:
-        lacks = [", ".join(name for name in layout if name not in found)
-                 for layout, found in ((REED, reed), (MMVAE, mmvae))]
-        raise DataError(f"{raw}: for {CUB} with Reed's captions, no {lacks[0]}; for the MMVAE "
-                        f"download, no {lacks[1]}; --raw takes the folder of one of them")
-    empty = [name for name in ("train", "val", "test") if name not in birds.split.values()]
-    if empty:
-        raise DataError(f"{raw}: {len(birds.split)} classes, none of them for {', '.join(empty)}; "
-                        "extract more, at least one for each of train, val and test")
-    return birds
+        raise UserError(f"{raw}: neither CUB_200_2011/images and text_c10, nor {', '.join(mmvae)}")
+    names, split = list(paths), {"train": [], "val": [], "test": []}
+    for row in np.random.default_rng(0).permutation(len(names)).tolist():
+        split[kinds[names[row].split("/")[0]]].append(row)       # shuffled: neighbours differ
+    return names, split, {"text": [captions[n] for n in names]}, lambda n: (shrink(paths[n], size),)
 
 
-def read_bird(path, size):
-    """-> (size, size, 3) uint8 image, SHA-256 of the file. Raises DataError."""
-    try:
-        return shrink(Image.open(path), size), sha256(path)
-    except DAMAGED as error:
-        raise DataError(f"{path}: cannot be read ({error}); extract it again") from None
-
-
-# === §5 Writing ===
-
-class ArrayWriter:
-    """Appends rows to a .npy file of uint8 without holding them; the header is set on leaving."""
-
-    def __init__(self, path, row_shape):
-        self.file, self.row_shape, self.count = open(path, "wb"), row_shape, 0
-        self._header()
-
-    def _header(self):
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, {
-            "descr": "|u1", "fortran_order": False, "shape": (self.count, *self.row_shape)})
-
-    def append(self, row):
-        assert row.shape == self.row_shape and row.dtype == np.uint8, (row.shape, row.dtype)
-        self.file.write(row.tobytes())
-        self.count += 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        try:
-            if error is None:
-                self._header()  # NumPy leaves room for the longer count
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        finally:
-            with suppress(OSError if error else ()):  # what the disk has no room for
-                self.file.close()
-
-
-def attempt(read, task):
-    """read(*task) in a worker process: an error comes back as its message."""
-    try:
-        return read(*task)
-    except DataError as error:
-        return str(error)
-
-
-def start_worker():
-    """Leaves Ctrl-C to the parent process, and ends when that ends, even by kill -9."""
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=follow, daemon=True).start()
-
+# === §5 Writing and reading prepared data ===
 
 def in_parallel(read, tasks):
-    """Yields read(*task), or the message of its DataError, for each task in order."""
-    pool = ProcessPoolExecutor(os.cpu_count(), initializer=start_worker)
+    """read(task) -> uint8 arrays: one array of all for each, in memory (CelebAMask-HQ: 2 GB)."""
+    pool, columns = ThreadPoolExecutor(os.cpu_count()), None  # Pillow decodes outside Python's lock
     try:
-        yield from pool.map(attempt, repeat(read), tasks, chunksize=8)
-    except BrokenProcessPool:
-        raise DataError("a worker process was killed; is the memory full? Run it again") from None
+        for row, parts in enumerate(tqdm(pool.map(read, tasks), total=len(tasks), unit="img")):
+            columns = columns or [np.empty((len(tasks), *part.shape), np.uint8) for part in parts]
+            for column, part in zip(columns, parts):
+                column[row] = part
     finally:
         pool.shutdown(cancel_futures=True)
+    return columns
 
 
-def write_rows(folder, shapes, read, tasks, skip_bad):
-    """Read the tasks in worker processes and append what they give to <folder>/<name>.npy.
-
-    read(*task) gives one uint8 array for each of `shapes` {name: shape of a row}, then the SHA-256
-    of what it read. -> the numbers of the rows kept, the messages of those left out, the SHA-256
-    of all. Raises DataError at the first task that fails, unless skip_bad.
-    """
-    kept, bad, digest = [], [], hashlib.sha256()
-    with ExitStack() as stack:
-        writers = [stack.enter_context(ArrayWriter(folder / f"{name}.npy", shape))
-                   for name, shape in shapes.items()]
-        results = stack.enter_context(closing(in_parallel(read, tasks)))
-        bar = stack.enter_context(tqdm(results, total=len(tasks), unit="img"))
-        for number, result in enumerate(bar):
-            if isinstance(result, str):
-                bad.append(result)
-                if not skip_bad:
-                    raise DataError(result + " (or leave it out with --skip-bad)")
-                continue
-            for writer, row in zip(writers, result):
-                writer.append(row)
-            digest.update(result[-1].encode())
-            kept.append(number)
-        if not kept:
-            raise DataError(f"none of the {len(bad)} pictures can be read; the first: {bad[0]}")
-    return kept, bad, digest.hexdigest()
+def prepare(dataset, raw, out, size):
+    """Raw data -> the folder `out`, which is there when it is whole; UserError if it cannot be."""
+    if os.path.lexists(out):
+        raise UserError(f"{out}: exists already; move it away to prepare it again")
+    names, split, arrays, read = READ[dataset][0](raw, size)
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in split.items())
+    if min(map(len, split.values())) < 2:
+        raise UserError(f"{raw}: {counts}: every split needs 2 at least; extract more of the data")
+    meta = {"dataset": dataset, "size": size, "count": len(names), "names": names, "split": split}
+    temporary = out.with_name(out.name + ".partial")
+    with user_error(f"{out}: cannot be written, nothing is kept"):
+        temporary.mkdir(parents=True)
+        try:
+            arrays |= zip(("image", "mask"), in_parallel(read, names))
+            for name, value in {**arrays, "meta": meta}.items():
+                if isinstance(value, np.ndarray):
+                    np.save(temporary / f"{name}.npy", value)
+                else:
+                    (temporary / f"{name}.json").write_text(json.dumps(value))
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out}: {len(names)} at {size}x{size}: {counts}")
 
 
-@contextmanager
-def complete_or_nothing(out, need):
-    """A folder <out>.partial for `need` bytes of arrays; it becomes `out` if all goes well.
-
-    Else it is removed, and kill -9 leaves it to the next run. DataError if it cannot be written.
-    """
-    folder = out.with_name(out.name + ".partial")
-    place, made = f"{folder}: {need / 1e6:.2f} MB", [p for p in out.parents if not p.exists()]
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-        free = shutil.disk_usage(folder).free
-        if free < need:
-            raise DataError(f"{place} needed, {free / 1e6:.2f} MB free; make room or take another "
-                            "--out")
-        yield folder
-        os.replace(folder, out)
-    except OSError as error:
-        raise DataError(f"{place} needed, but it cannot be written ({error.strerror or error}); "
-                        "nothing is kept") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # not empty: it has `out`
-                parent.rmdir()
-
-
-def prepare_celeba(raw, out, size=128, skip_bad=False):
-    """Raw CelebAMask-HQ -> the arrays of `out`; see the head of this file. Raises DataError."""
-    rows, mapping, ids = check_layout(raw, skip_bad)
-    sources = {name: sha256(raw / name)
-               for name in (ATTRIBUTE_FILE, MAPPING_FILE) if (raw / name).exists()}
-    with complete_or_nothing(out, len(ids) * (4 * size ** 2 + len(ATTRIBUTES))) as folder:
-        kept, bad, digest = write_rows(
-            folder, {"image": (size, size, 3), "mask": (size, size)}, read_face,
-            [(raw, k, size) for k in ids], skip_bad)
-        ids = [ids[number] for number in kept]
-        with ArrayWriter(folder / "attr.npy", (len(ATTRIBUTES),)) as attr:
-            for k in ids:
-                attr.append(rows[k])
-        write_meta(folder, split_of(ids, mapping), {
-            "dataset": "celeba", "size": size, "attributes": ATTRIBUTES, "ids": ids,
-            "official_split": mapping is not None, "skipped": bad,
-            "sha256": {**sources, "images and masks": digest}})
-    report(out)
-
-
-def prepare_cub(raw, out, size=64, skip_bad=False):
-    """Raw CUB in either layout -> the files of `out`, as prepare_celeba does. Raises DataError."""
-    birds, split = read_cub(raw), {"train": [], "val": [], "test": []}
-    with complete_or_nothing(out, len(birds.paths) * 3 * size ** 2) as folder:
-        kept, bad, digest = write_rows(folder, {"image": (size, size, 3)}, read_bird,
-                                       [(path, size) for path in birds.paths.values()], skip_bad)
-        every = list(birds.paths)
-        names = [every[number] for number in kept]
-        write_json(folder / "text.json", [birds.captions[name] for name in names])
-        for row in np.random.default_rng(0).permutation(len(names)).tolist():
-            split[birds.split[class_of(names[row])]].append(row)  # shuffled: neighbours differ
-        write_meta(folder, split, {
-            "dataset": "cub", "size": size, "classes": sorted(birds.split), "names": names,
-            "official_split": birds.official, "skipped": bad,
-            "sha256": {**birds.sources, "images": digest}})
-    report(out)
-
-
-def write_json(path, value):
-    """A JSON file, on the disk before its folder gets its final name."""
-    with open(path, "w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_meta(folder, split, meta):
-    """meta.json, with the split and its counts. DataError if one is too small to be of use."""
-    counts = {name: len(rows) for name, rows in split.items()}
-    if min(counts.values()) < 2:
-        few = ", ".join(f"{n} {name}" for name, n in counts.items())
-        raise DataError(f"{few}: every split needs 2 at least; extract more of the data")
-    write_json(folder / "meta.json",
-               {**meta, "count": sum(counts.values()), "counts": counts, "split": split})
-
-
-# What a row is, and what to say where the raw data do not tell the split.
-REPORT = {
-    "celeba": ("faces", f"no {MAPPING_FILE}: not the official split; the last 10 % are test, the "
-                        "10 % before them validation"),
-    "cub": ("birds", "no trainclasses.txt, valclasses.txt, testclasses.txt: not the official "
-                     "split; the last 10 % of the classes are test, the 10 % before them "
-                     "validation")}
-
-
-def report(out):
-    """Say what was written, read back from `out`."""
-    meta = json.loads((out / "meta.json").read_text())
-    what, unofficial = REPORT[meta["dataset"]]
-    counts = ", ".join(f"{n} {name}" for name, n in meta["counts"].items())
-    print(f"{out}: {meta['count']} {what} at {meta['size']}x{meta['size']}: {counts}")
-    if not meta["official_split"]:
-        print(unofficial)
-    for line in meta["skipped"]:
-        print("left out:", line)
+def read_prepared(folder, dataset):
+    """What prepare() wrote: -> arrays by name, {split: rows}. UserError if it does not fit."""
+    with user_error(f"{folder}: not a complete data set of data_prep.py"):
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["dataset"] != dataset:
+            raise ValueError(f"it was prepared with --dataset {meta['dataset']}")
+        n, size = meta["count"], meta["size"]
+        shapes = {"image": (n, size, size, 3), "mask": (n, size, size), "attr": (n, 18)}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r")
+                  for name in (shapes if dataset == "celeba" else ["image"])}
+        for name, a in arrays.items():
+            if (a.shape, a.dtype) != (shapes[name], np.uint8):
+                raise ValueError(f"{name}.npy has {a.dtype} {a.shape}, not uint8 {shapes[name]}")
+        if dataset == "cub":
+            arrays["text"] = json.loads((folder / "text.json").read_text())
+        rows = [meta["split"][name] for name in ("train", "val", "test")]
+        if not all(len(part) > 1 and {*part} <= {*range(n)} for part in rows):
+            raise ValueError(f"a split has under two rows, or not of 0 to {n - 1}")
+    return arrays, meta["split"]
 
 
 # === §6 Command line ===
 
-PREPARE = {"celeba": (prepare_celeba, 128), "cub": (prepare_cub, 64)}  # and the default --size
+READ = {"celeba": (read_celeba, 128), "cub": (read_cub, 64)}     # and the default --size
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
+    """Errors take one line, without the usage."""
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def parse_args(argv=None):
-    """The flags of this script."""
+    """All flags, checked."""
     parser = Parser(prog="data_prep.py", description="Prepare a raw data set for diffmvae.py.")
-    parser.add_argument("--dataset", choices=list(PREPARE), required=True,
-                        help="what --raw holds: CelebAMask-HQ, or CUB birds with their captions")
-    parser.add_argument("--raw", type=Path, required=True, help="the extracted download, read only")
-    parser.add_argument("--out", type=Path, help="folder to write (default: data/<dataset>)")
-    parser.add_argument("--size", type=int, help="side of the pictures in pixels, a multiple of 8 "
-                        "(default: 128 for celeba, 64 for cub)")
-    parser.add_argument("--skip-bad", action="store_true",
-                        help="leave out pictures with files that are missing or damaged, and list "
-                        "them")
+    add = parser.add_argument
+    add("--dataset", choices=list(READ), required=True, help="CelebAMask-HQ, or birds and captions")
+    add("--raw", type=Path, required=True, help="the extracted download, read only")
+    add("--out", type=Path, help="folder to write (default: data/<dataset>)")
+    add("--size", type=int, help="pixels, a multiple of 8 (default: 128 for celeba, 64 for cub)")
     args = parser.parse_args(argv)
-    if args.size is None:
-        args.size = PREPARE[args.dataset][1]
-    if args.size < 8 or args.size % 8:
-        parser.error(f"--size {args.size}: must be a positive multiple of 8")
+    args.size = READ[args.dataset][1] if args.size is None else args.size
+    if not 8 <= args.size <= 1024 or args.size % 8:
+        parser.error(f"--size {args.size}: must be a multiple of 8 up to 1024")
     return args
 
 
 def main(argv=None):
-    """Command line: -> exit code 0, or 2 after one line on stderr."""
+    """The command line: -> exit code."""
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so the workers end too
     out = args.out or Path("data") / args.dataset
-    try:
-        if os.path.lexists(out):
-            raise DataError(f"{out}: exists already; move it away to prepare it again")
-        PREPARE[args.dataset][0](args.raw, out, args.size, args.skip_bad)
-    except (DataError, OSError) as error:
-        print(f"data_prep.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("data_prep.py: interrupted; run it again to start over", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("data_prep.py", prepare, args.dataset, args.raw, out, args.size)
 
 
 if __name__ == "__main__":
