@@ -712,8 +712,7 @@ class UNetBlock(nn.Module):
         self.conv2 = conv(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
         self.norm3 = nn.GroupNorm(8, c_out) if attend else None
-        self.attention = nn.MultiheadAttention(c_out, max(1, c_out // 32), batch_first=True) \
-            if attend else None
+        self.qkv, self.proj = (conv(c_out, n, 1) if attend else None for n in (3 * c_out, c_out))
 
     def forward(self, h, emb, z):
         y = self.norm2(self.conv1(F.silu(self.norm1(h))))
@@ -722,10 +721,11 @@ class UNetBlock(nn.Module):
                 scale, shift = append_dims(layer(condition), h).chunk(2, 1)  # (B, C, 1..)
                 y = y * (1 + scale) + shift
         h = self.skip(h) + self.conv2(self.dropout(F.silu(y)))
-        if self.attention is not None:
-            x = self.norm3(h).flatten(2).transpose(1, 2)         # (B, H W or length, C)
-            y, _ = self.attention(x, x, x, need_weights=False)
-            h = h + y.transpose(1, 2).reshape(h.shape)           # (B, C, H, W) or (B, C, length)
+        if self.qkv:  # PyTorch's fused attention is slower on CPUs in bfloat16; q: (B, n, 32, H W)
+            heads = 3, -1, math.gcd(32, h.shape[1])
+            q, k, v = self.qkv(self.norm3(h)).flatten(2).unflatten(1, heads).unbind(1)
+            weight = (q.transpose(2, 3) @ k / math.sqrt(q.shape[2])).softmax(3)  # (B, n, H W, H W)
+            h = h + self.proj((v @ weight.transpose(2, 3)).reshape(h.shape))  # (B, C, H, W)
         return h
 
 
@@ -785,7 +785,7 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(8, widths[0])
         self.conv_out = conv(widths[0], channels * patch ** 2, 3, padding=1)
         for name, p in self.named_parameters():  # each branch starts as a no-op, the output at 0
-            if {"conv2", "out_proj", "conv_out"} & set(name.split(".")):
+            if {"conv2", "proj", "conv_out"} & set(name.split(".")):
                 nn.init.zeros_(p)
 
     def forward(self, x, t, z=None):

@@ -633,17 +633,18 @@ def test_gradients_reach_everything(x, dataset, weighting):
 
 
 @pytest.mark.parametrize("dims", [1, 2])
-def test_attention_by_hand(dims):
+def test_attention_is_the_librarys(dims):
     """Two heads of 32 channels over the positions of rows and pictures, and a residual."""
-    block = randomise(D.UNetBlock(64, 64, True, 4, 0, 0.0, dims))
-    heads, h, emb = block.attention, torch.randn(2, 64, *[5] * dims), torch.randn(2, 4)
-    got, block.attention = block(h, emb, None), None
+    block, library = D.UNetBlock(64, 64, True, 4, 0, 0.0, dims), nn.MultiheadAttention(64, 2)
+    h, emb = torch.randn(2, 64, *[5] * dims), torch.randn(2, 4)
+    randomise(block)
+    got, block.qkv, qkv = block(h, emb, None), None, block.qkv
     plain = block(h, emb, None)
-    x = block.norm3(plain).flatten(2).transpose(1, 2)            # (2, P, 64)
-    q, k, v = (a.unflatten(2, (2, 32)).transpose(1, 2) for a in (
-        x @ heads.in_proj_weight.T + heads.in_proj_bias).chunk(3, 2))
-    y = (q @ k.transpose(2, 3) / math.sqrt(32)).softmax(3) @ v   # (2, 2, P, 32)
-    want = plain + heads.out_proj(y.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(h.shape)
+    library.load_state_dict(dict(zip(
+        ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"),
+        (p.squeeze() for p in (*qkv.parameters(), *block.proj.parameters())))))
+    x = block.norm3(plain).flatten(2).permute(2, 0, 1)           # (P, 2, 64)
+    want = plain + library(x, x, x)[0].permute(1, 2, 0).reshape(h.shape)
     assert torch.allclose(got, want, atol=1e-5) and (want - plain).abs().max() > 0.1
 
 
@@ -652,7 +653,7 @@ def test_unet_starts_at_zero_and_sees_1000_t():
     unet, seen = model_of(tiny()).decoders["image"].unet, []
     unet.time.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     assert not unet(torch.randn(1, 3, 16, 16), torch.tensor([0.37]), torch.randn(1, 16)).any()
-    assert not any(p.any() for n, p in unet.named_parameters() if "out_proj" in n or "conv2" in n)
+    assert not any(p.any() for n, p in unet.named_parameters() if "proj" in n or "conv2" in n)
     angles = 370 / 10_000 ** (np.arange(8) / 8)
     assert np.allclose(seen[0][0], [*np.cos(angles), *np.sin(angles)], atol=1e-3)
 
