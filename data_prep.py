@@ -3,29 +3,25 @@
     python data_prep.py --dataset celeba --raw CelebAMask-HQ   # 128x128 pixels, paper Sec. 4.2
     python data_prep.py --dataset cub --raw FOLDER             # 64x64 pixels, paper Sec. 4.1
 
-FOLDER has CUB_200_2011/images and Reed's text_c10, or the MMVAE download: train, test and a text
-file for each. Splits of CUB share no class. `--out` (data/<dataset>) gets:
-
+`--out` (data/<dataset>) gets:
     image.npy  (N, H, W, 3) uint8   RGB 0..255
     mask.npy   (N, H, W)    uint8   celeba, 0 or 1: the composite of all face parts but the skin
     attr.npy   (N, 18)      uint8   celeba, 0 or 1: the 18 attributes in the order of ATTRIBUTES
-    text.json  N lists of 10        cub: the captions, as written but for whitespace at the ends
+    text.json  N lists of 10        cub: the captions, as written but for blanks at the ends
     meta.json                       dataset, size, count, names, rows of each split
 """
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 # The 18 of the 40 attributes that the paper keeps, in file order [Sec. 4.2].
@@ -33,6 +29,7 @@ ATTRIBUTES = ("Bald", "Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair", "Bushy_
               "Eyeglasses", "Gray_Hair", "Heavy_Makeup", "Male", "Mouth_Slightly_Open", "Mustache",
               "Pale_Skin", "Receding_Hairline", "Smiling", "Straight_Hair", "Wavy_Hair",
               "Wearing_Hat")
+FILES = {"celeba": ("image", "mask", "attr"), "cub": ("image", "text")}
 
 
 class UserError(Exception):
@@ -51,12 +48,12 @@ def user_error(message):
         raise UserError(f"{message} ({reason})") from None
 
 
-def exit_code(name, work, *args, errors=()):
-    """work(*args) -> its result or 0, or 2 after one line on stderr for what a user can mend."""
+def exit_code(name, work, *errors):
+    """work() -> its result or 0, or 2 after one line on stderr for what a user can mend."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # what cannot be printed ends no run
         stream.reconfigure(errors="backslashreplace")
     try:
-        return work(*args) or 0
+        return work() or 0
     except (UserError, OSError, MemoryError, KeyboardInterrupt, *errors) as error:
         print(f"{name}:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
         return 2
@@ -110,8 +107,7 @@ class Pen:
         self.draw("polygon", points, colour, part)
 
     def line(self, points, colour, width, part=None):
-        width = max(1, round(width * self.unit))
-        self.draw("line", points, colour, part, width=width, joint="curve")
+        self.draw("line", points, colour, part, width=round(width * self.unit) or 1, joint="curve")
 
     def result(self, size):
         """-> (size, size, 3) uint8 picture, (size, size) uint8 mask in {0, 1}."""
@@ -213,14 +209,12 @@ def draw_face(has, rng, size=32):
 def toy_faces(n, size=32, seed=0):
     """-> {"image" (n, size, size, 3), "mask" (n, size, size), "attr" (n, 18)}, uint8, the last two
     in {0, 1}. Face k depends on (seed, k) alone."""
-    x = {name: np.empty((n, *shape), np.uint8) for name, shape in (
-        ("image", (size, size, 3)), ("mask", (size, size)), ("attr", (len(ATTRIBUTES),)))}
+    rows = []
     for k in range(n):
         rng = np.random.default_rng((seed, k))
         has = draw_attributes(rng)
-        x["image"][k], x["mask"][k] = draw_face(has, rng, size)
-        x["attr"][k] = [has[name] for name in ATTRIBUTES]
-    return x
+        rows.append((*draw_face(has, rng, size), np.uint8([has[name] for name in ATTRIBUTES])))
+    return {name: np.stack(values) for name, values in zip(FILES["celeba"], zip(*rows))}
 
 
 # === §2 Toy birds: drawn, with captions that name what is drawn ===
@@ -258,12 +252,6 @@ STOPWORDS = set("a also an and are as at bird but by for from has have in is it 
 def content_words(text):
     """The words of a real caption, in lower case, without STOPWORDS: a set."""
     return set(re.findall("[a-z]{2,}", text.lower())) - STOPWORDS
-
-
-def frequent_words(captions, n=50):
-    """The n content words that are in the most captions."""
-    counts = Counter(word for text in captions for word in content_words(text))
-    return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:n])
 
 
 def draw_bird(bird, rng, size=32):
@@ -338,7 +326,61 @@ def toy_birds(n, size=32, seed=0):
     return {"image": image, "text": text}
 
 
-# === §3 Raw CelebAMask-HQ [Sec. 4.2] ===
+# === §3 Files as people have them ===
+
+BILINEAR = Image.Resampling.BILINEAR
+PLAIN = dict(zip(map(ord, "‘’`´“”«»‐‑‒–—―−"), 4 * "'" + 4 * '"' + 7 * "-"))
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def read_picture(path, size):
+    """A picture as it looks -> (size, size, 3) uint8 RGB, nothing cut off: turned as its EXIF data
+    say, on white where it is transparent. UserError for what is none."""
+    with user_error(f"{path}: cannot be read as a picture"):
+        image = Image.open(path)
+        image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder halves, down to twice the size
+        if image.mode[0] in "IF":
+            raise ValueError("grey of 16 or 32 bits; save it with 8")
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return np.asarray(image.resize((size, size), BILINEAR))
+
+
+def read_mask(paths, size):
+    """The union of masks -> (size, size) uint8 in {0, 1}. On is what is above half of the largest
+    value in its file: of the alpha channel if that varies, else of any channel."""
+    union = False
+    for path in paths:
+        with user_error(f"{path}: cannot be read as a mask"):
+            image = ImageOps.exif_transpose(Image.open(path))
+            values = np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
+            if values.ndim == 3:
+                alpha = values[..., 3]                           # (H, W)
+                values = alpha if alpha.min() < alpha.max() else values[..., :3].max(2)
+            union = union | (values > values.max() / 2)
+    if union.all() or not union.any():
+        raise UserError(f"{paths[0]}: the mask is {'all on' if union.all() else 'empty'}")
+    union = Image.fromarray(255 * union.astype(np.uint8)).resize((size, size), BILINEAR)
+    return (np.asarray(union) > 127).astype(np.uint8)
+
+
+def read_lines(path):
+    """The lines of a text in utf-8 that are not blank, without whitespace at their ends. Captions
+    of CUB have the sign for lost letters, U+FFFD, where blanks were."""
+    with user_error(f"{path}: cannot be read as a text in utf-8"):
+        text = path.read_bytes().decode("utf-8-sig").replace("\ufffd", " ")
+        if "\0" in text:
+            raise ValueError("it has NULs, as utf-16 has")
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def tidy(caption):
+    """The one form that models see: lower case, plain quotes and dashes, no blanks, a full stop."""
+    text = caption.encode(errors="replace").decode().translate(PLAIN).lower()
+    return " ".join(text.split()).rstrip(" .!?") + "."
+
+
+# === §4 Raw CelebAMask-HQ [Sec. 4.2] ===
 
 PARTS = ("nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
          "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth")  # all but "skin"
@@ -347,20 +389,20 @@ ATTRIBUTE_FILE, MAPPING_FILE = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-to
 
 
 def read_attributes(path):
-    """The attribute file: the count, the names, then lines of `k.jpg` and 40 times -1 or 1.
+    """The attribute file: the count, the names, then lines of `k.jpg` and 40 times -1 (or 0) or 1.
     -> {k: (18,) uint8 in {0, 1}}, in the order of ATTRIBUTES."""
-    lines = path.read_text(errors="replace").splitlines()
-    names = lines[1].split() if len(lines) > 1 else []
-    if missing := [name for name in ATTRIBUTES if name not in names]:
-        raise UserError(f"{path}: line 2 names no {', '.join(missing)}; is it the attribute file?")
-    columns, rows = [names.index(name) for name in ATTRIBUTES], {}
-    for number, line in enumerate(lines[2:], start=3):
-        file, *values = line.split() or [""]
-        if len(values) != len(names) or set(values) - {"-1", "1"} or not file[:-4].isdecimal():
-            raise UserError(f"{path}: line {number} is not 'k.jpg' and {len(names)} times -1 or 1")
-        rows[int(file[:-4])] = np.array([values[c] == "1" for c in columns], np.uint8)
-    if not rows or lines[0].strip() != str(len(rows)):
-        raise UserError(f"{path}: line 1 says {lines[0].strip()} images, {len(rows)} rows follow")
+    rows = {}
+    with user_error(f"{path}: not CelebAMask-HQ's attribute file, or not whole"):
+        count, header, *lines = read_lines(path)
+        names = header.split()
+        columns = [names.index(name) for name in ATTRIBUTES]
+        for line in lines:
+            file, *values = line.split()
+            if len(values) != len(names) or set(values) - {"-1", "0", "1"}:
+                raise ValueError(f"'{line[:30]}' is not k.jpg and {len(names)} times -1 or 1")
+            rows[int(Path(file).stem)] = np.uint8([values[c] == "1" for c in columns])
+        if count != str(len(rows)):
+            raise ValueError(f"line 1 says {count} images, {len(rows)} rows follow")
     return rows
 
 
@@ -371,172 +413,132 @@ def carve(items, share, *names):
 
 
 def split_faces(path, ids):
-    """{split: rows}: the split of CelebAMask-HQ's authors by the mapping file (a header, then lines
-    of `idx orig_idx orig_file`), or without it the last tenth for testing, one for validation."""
-    split = carve(ids, 10, "val", "test")
-    if path.exists():
-        with user_error(f"{path}: a line is missing or not 'idx orig_idx orig_file'"):
-            lines = [line.split() for line in path.read_text().splitlines()[1:]]
-            origin = {int(line[0]): int(line[1]) for line in lines if line}
-            split = {k: "test" if origin[k] >= 182638 else "val" if origin[k] >= 162771 else "train"
-                     for k in ids}
-    else:
+    """{face: split}: the split of CelebAMask-HQ's authors by the mapping file (lines of `idx
+    orig_idx orig_file`), or without it the last tenth for testing, one for validation."""
+    if not path.exists():
         print(f"no {path.name}: the last tenths are test and validation, not the official split")
-    return {name: [row for row, k in enumerate(ids) if split[k] == name]
-            for name in ("train", "val", "test")}
-
-
-def shrink(path, size):
-    """A picture of any mode and shape -> (size, size, 3) uint8 RGB, nothing cut off."""
-    with user_error(f"{path}: cannot be read; extract it again"):
-        image = Image.open(path)
-        image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder halves, down to twice the size
-        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-
-
-def read_face(raw, k, size):
-    """Face k: -> (size, size, 3) image, (size, size) mask, the union of PARTS cut at one half."""
-    image, union = shrink(raw / IMAGES / f"{k}.jpg", size), None
-    for part in PARTS:
-        path = raw / MASKS / str(k // 2000) / f"{k:05d}_{part}.png"
-        if path.exists():
-            with user_error(f"{path}: cannot be read; extract it again"):
-                pixels = np.asarray(Image.open(path).convert("RGB").getchannel(0)) != 0
-                union = pixels if union is None else union | pixels
-    if union is None:
-        raise UserError(f"{raw / MASKS}: no mask of face {k} ({k:05d}_*.png); extract it again")
-    mask = Image.fromarray(union.astype(np.uint8) * 255)
-    mask = np.asarray(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127
-    return image, mask.astype(np.uint8)
+        return carve(ids, 10, "val", "test")
+    with user_error(f"{path}: a line is missing or not 'idx orig_idx orig_file'"):
+        lines = [line.split() for line in read_lines(path)]
+        origin = {int(line[0]): int(line[1]) for line in lines if line[0].isdecimal()}
+        return {k: "test" if origin[k] >= 182638 else "val" if origin[k] >= 162771 else "train"
+                for k in ids}
 
 
 def read_celeba(raw, size):
-    """Raw CelebAMask-HQ -> numbers, {split: rows}, {"attr": array}, number -> image and mask."""
-    if missing := [name for name in (IMAGES, MASKS, ATTRIBUTE_FILE) if not (raw / name).exists()]:
-        raise UserError(f"{raw}: no {', '.join(missing)}; --raw takes the extracted CelebAMask-HQ")
-    rows = read_attributes(raw / ATTRIBUTE_FILE)
-    ids = sorted(rows)
-    split = split_faces(raw / MAPPING_FILE, ids)
-    return ids, split, {"attr": np.stack([rows[k] for k in ids])}, lambda k: read_face(raw, k, size)
+    """Raw CelebAMask-HQ -> {face: split}, and a function of a face -> image, mask (the union of
+    PARTS), attributes."""
+    attributes, strange, masks = read_attributes(raw / ATTRIBUTE_FILE), [], {}
+    pictures = {int(path.stem): path for path in sorted((raw / IMAGES).iterdir())
+                if path.stem.isdecimal() and path.suffix.lower() in SUFFIXES}
+    for path in sorted((raw / MASKS).rglob("*.*")):              # 0/00000_hair.png, or all in one
+        k, _, part = path.stem.partition("_")
+        if not k.isdecimal() or int(k) not in attributes or part not in (*PARTS, "skin"):
+            strange.append(path.name)
+        elif part != "skin":
+            masks.setdefault(int(k), []).append(path)
+    if strange:
+        print(f"{raw / MASKS}: {len(strange)} files of no face and part, the first: {strange[0]}")
+
+    def read(k):
+        return (read_picture(pictures.get(k, raw / IMAGES / f"{k}.jpg"), size),
+                read_mask(masks.get(k, [raw / MASKS / f"{k // 2000}/{k:05d}_hair.png"]), size),
+                attributes[k])
+    return split_faces(raw / MAPPING_FILE, sorted(attributes)), read
 
 
-# === §4 Raw CUB: birds with ten captions each [Sec. 4.1] ===
+# === §5 Raw CUB: birds with ten captions each [Sec. 4.1] ===
 
-def named_files(folder, suffix):
+def named_files(folder, *suffixes):
     """{"<class>/<name>": path} of folder/<class>/<name><suffix>, sorted by class, then file."""
-    paths = sorted(folder.glob(f"[!.]*/[!.]*{suffix}"))
-    return {f"{path.parent.name}/{path.stem}": path for path in paths}
-
-
-def read_lines(path):
-    """The lines of a text file that are not blank, without whitespace at their ends."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [line.strip() for line in lines if line.strip()]
-
-
-def split_classes(classes, files):
-    """Sorted classes, {part: file that lists classes} -> {class: split}; without files the last
-    tenths, without a val file the last twentieth of trainval or train."""
-    if not files:
-        print("no testclasses.txt: the last tenths are test and validation, not the official split")
-        return carve(classes, 10, "val", "test")
-    rest = "trainval" if "trainval" in files else "train"
-    parts = ("train", "val", "test") if {"train", "val"} <= files.keys() else (rest, "test")
-    listed = {part: read_lines(files[part]) for part in parts if part in files}
-    split = {name: [part for part in listed if name in listed[part]] for name in classes}
-    if wrong := [name for name in classes if len(split[name]) != 1]:
-        raise UserError(f"{', '.join(map(str, files.values()))}: class {wrong[0]} has to be in one "
-                        f"of them, not in {split[wrong[0]]}")
-    whole = [name for name in classes if split[name] == [rest] and "val" not in parts]
-    return {name: part for name, (part,) in split.items()} | carve(whole, 20, "val")
-
-
-def read_reed(images, text, folders):
-    """Pictures and captions joined by name, one text file a picture, and files of class names in
-    one of the folders: -> {bird: path of its picture}, {bird: captions}, {class: split}."""
-    paths, texts = named_files(images, ".jpg"), named_files(text, ".txt")
-    if lone := sorted(paths.keys() ^ texts):
-        raise UserError(f"{images}, {text}: {len(lone)} images or captions without the other, the "
-                        f"first is {lone[0]}; extract both again")
-    captions = {name: read_lines(texts[name]) for name in paths}
-    for name, lines in captions.items():
-        if len(lines) != 10:
-            raise UserError(f"{texts[name]}: {len(lines)} captions, not 10; extract it again")
-    files = {part: folder / f"{part}classes.txt" for part in ("train", "val", "trainval", "test")
-             for folder in folders if (folder / f"{part}classes.txt").exists()}
-    return paths, captions, split_classes(sorted({name.split("/")[0] for name in paths}), files)
-
-
-def read_mmvae(raw):
-    """Two folders with a text file each, of which caption i belongs to image i // 10 of the folder,
-    sorted by class, then file: -> as read_reed."""
-    paths, captions, classes = {}, {}, {}
-    for part, file in (("train", "text_trainvalclasses.txt"), ("test", "text_testclasses.txt")):
-        found, lines = named_files(raw / part, ".jpg"), read_lines(raw / file)
-        if len(lines) != 10 * len(found):
-            raise UserError(f"{raw / file}: {len(lines)} captions, not 10 for each of the "
-                            f"{len(found)} images in {raw / part}; extract both again")
-        paths |= found
-        captions |= {name: lines[10 * k:10 * k + 10] for k, name in enumerate(found)}
-        classes[part] = sorted({name.split("/")[0] for name in found})
-    split = carve(classes["train"], 20, "val") | dict.fromkeys(classes["test"], "test")
-    return paths, captions, split
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(folder.glob("[!.]*/[!.]*"))
+            if path.suffix.lower() in suffixes}
 
 
 def read_cub(raw, size):
-    """Raw CUB in either layout -> names, {split: rows}, {"text": captions}, name -> image."""
-    places = [raw, raw / "CUB_200_2011", raw / "cub"]
-    mmvae = ("train", "test", "text_trainvalclasses.txt", "text_testclasses.txt")
-    images, text, both = ([p for p in places if all((p / name).exists() for name in names)]
-                          for names in (["images"], ["text_c10"], mmvae))
-    if images and text:
-        text = text[0] / "text_c10"
-        paths, captions, kinds = read_reed(images[0] / "images", text, [text, *places])
-    elif both:
-        paths, captions, kinds = read_mmvae(both[0])
+    """Raw CUB -> {bird: split}, and a function of a bird -> image, captions. Either `images` beside
+    `text_c10`, one text a picture, or as the MMVAE code has it: folders train and test, each with a
+    text of ten lines for every picture, sorted by class, then file."""
+    find = lambda name: [*raw.glob(name), *raw.glob(f"*/{name}"), None][0]
+    images, texts, whole = map(find, ("images", "text_c10", "text_trainvalclasses.txt"))
+    test, val = (path and {*read_lines(path)} for path in map(find, (
+        "testclasses.txt", "valclasses.txt")))                   # names of classes
+    paths, captions = {}, {}
+    if images and texts:
+        paths, captions = named_files(images, *SUFFIXES), named_files(texts, ".txt")
+    elif not whole:
+        raise UserError(f"{raw}: neither images and text_c10, nor text_trainvalclasses.txt")
+    for part, kind in (("train", "trainval"), ("test", "test")) if not paths else ():
+        file = whole.with_name(f"text_{kind}classes.txt")
+        found, lines = named_files(whole.with_name(part), *SUFFIXES), read_lines(file)
+        if len(lines) != 10 * len(found):
+            raise UserError(f"{file}: {len(lines)} captions, not 10 for each of the {len(found)} "
+                            f"images in {part}; extract both again")
+        paths |= found
+        captions |= {name: lines[10 * k:10 * k + 10] for k, name in enumerate(found)}
+        test = {name.split("/")[0] for name in found}            # of the last folder
+    names = [*{**paths, **captions}]
+    classes = sorted({name.split("/")[0] for name in names})
+    if test is None:
+        print("no testclasses.txt: the last tenths are test and validation, not the official split")
+        split = carve(classes, 10, "val", "test")
     else:
-        raise UserError(f"{raw}: neither CUB_200_2011/images and text_c10, nor {', '.join(mmvae)}")
-    names, split = list(paths), {"train": [], "val": [], "test": []}
-    for row in np.random.default_rng(0).permutation(len(names)).tolist():
-        split[kinds[names[row].split("/")[0]]].append(row)       # shuffled: neighbours differ
-    return names, split, {"text": [captions[n] for n in names]}, lambda n: (shrink(paths[n], size),)
+        rest = [name for name in classes if name not in test]
+        split = carve(rest, 20, "val") if val is None else {
+            name: "val" if name in val else "train" for name in rest}
+
+    def read(name):
+        lines = captions.get(name, [])
+        lines = read_lines(lines) if isinstance(lines, Path) else lines
+        if len(lines) != 10:
+            raise UserError(f"{name}: {len(lines)} captions, not 10")
+        return read_picture(paths.get(name) or images / f"{name}.jpg", size), lines
+
+    order = np.random.default_rng(0).permutation(len(names))     # so that neighbours differ
+    return {names[k]: split.get(names[k].split("/")[0], "test") for k in order}, read
 
 
-# === §5 Writing and reading prepared data ===
+# === §6 Writing and reading prepared data ===
 
-def in_parallel(read, tasks):
-    """read(task) -> uint8 arrays: one array of all for each, in memory (CelebAMask-HQ: 2 GB)."""
-    pool, columns = ThreadPoolExecutor(os.cpu_count()), None  # Pillow decodes outside Python's lock
-    try:
-        for row, parts in enumerate(tqdm(pool.map(read, tasks), total=len(tasks), unit="img")):
-            columns = columns or [np.empty((len(tasks), *part.shape), np.uint8) for part in parts]
-            for column, part in zip(columns, parts):
-                column[row] = part
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return columns
-
-
-def prepare(dataset, raw, out, size):
-    """Raw data -> the folder `out`, which is there when it is whole; UserError if it cannot be."""
-    if os.path.lexists(out):
+def prepare(dataset, raw, out, size, partial=False):
+    """Raw data -> the folder `out`, which is there when it is whole; UserError if it cannot be, or
+    if something is missing or damaged, unless `partial` leaves that out."""
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already; move it away to prepare it again")
-    names, split, arrays, read = READ[dataset][0](raw, size)
-    counts = ", ".join(f"{len(rows)} {name}" for name, rows in split.items())
-    if min(map(len, split.values())) < 2:
-        raise UserError(f"{raw}: {counts}: every split needs 2 at least; extract more of the data")
-    meta = {"dataset": dataset, "size": size, "count": len(names), "names": names, "split": split}
-    temporary = out.with_name(out.name + ".partial")
+    kinds, read = {"celeba": read_celeba, "cub": read_cub}[dataset](raw, size)
+    temporary, found, faults = out.with_name(out.name + ".partial"), {}, {}
+
+    def attempt(name):
+        try:
+            found[name] = read(name)
+        except (UserError, OSError) as error:
+            faults[name] = str(error)
+
     with user_error(f"{out}: cannot be written, nothing is kept"):
         temporary.mkdir(parents=True)
         try:
-            arrays |= zip(("image", "mask"), in_parallel(read, names))
-            for name, value in {**arrays, "meta": meta}.items():
-                if isinstance(value, np.ndarray):
-                    np.save(temporary / f"{name}.npy", value)
+            with ThreadPool() as pool:  # Pillow decodes outside Python's lock
+                list(tqdm(pool.imap(attempt, kinds), total=len(kinds), unit="img"))
+            if faults:
+                first = "; ".join([faults[name] for name in kinds if name in faults][:5])
+                text = f"{len(faults)} of {len(kinds)} cannot be used: {first}"
+                if not partial:
+                    raise UserError(f"{raw}: {text}; --partial goes on without them")
+                print(text)
+            names = [name for name in kinds if name in found]
+            split = {part: [row for row, name in enumerate(names) if kinds[name] == part]
+                     for part in ("train", "val", "test")}
+            counts = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
+            if min(map(len, split.values())) < 2:
+                raise UserError(f"{raw}: {counts}: every split needs 2 at least")
+            for file, values in zip(FILES[dataset], zip(*map(found.get, names))):
+                if isinstance(values[0], np.ndarray):
+                    np.save(temporary / f"{file}.npy", np.stack(values))
                 else:
-                    (temporary / f"{name}.json").write_text(json.dumps(value))
-            os.replace(temporary, out)
+                    (temporary / f"{file}.json").write_text(json.dumps(values))
+            meta = dict(dataset=dataset, size=size, count=len(names), names=names, split=split)
+            (temporary / "meta.json").write_text(json.dumps(meta))
+            temporary.rename(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     print(f"{out}: {len(names)} at {size}x{size}: {counts}")
@@ -546,27 +548,24 @@ def read_prepared(folder, dataset):
     """What prepare() wrote: -> arrays by name, {split: rows}. UserError if it does not fit."""
     with user_error(f"{folder}: not a complete data set of data_prep.py"):
         meta = json.loads((folder / "meta.json").read_text())
-        if meta["dataset"] != dataset:
-            raise ValueError(f"it was prepared with --dataset {meta['dataset']}")
         n, size = meta["count"], meta["size"]
         shapes = {"image": (n, size, size, 3), "mask": (n, size, size), "attr": (n, 18)}
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r")
-                  for name in (shapes if dataset == "celeba" else ["image"])}
+                  for name in FILES[dataset] if name in shapes}
         for name, a in arrays.items():
             if (a.shape, a.dtype) != (shapes[name], np.uint8):
                 raise ValueError(f"{name}.npy has {a.dtype} {a.shape}, not uint8 {shapes[name]}")
+            if name != "image" and a.max() > 1:
+                raise ValueError(f"{name}.npy has values up to {a.max()}, not 0 and 1")
         if dataset == "cub":
             arrays["text"] = json.loads((folder / "text.json").read_text())
         rows = [meta["split"][name] for name in ("train", "val", "test")]
-        if not all(len(part) > 1 and {*part} <= {*range(n)} for part in rows):
-            raise ValueError(f"a split has under two rows, or not of 0 to {n - 1}")
+        if min(map(len, rows)) < 2 or len({*sum(rows, [])} & {*range(n)}) < sum(map(len, rows)):
+            raise ValueError(f"a split has under two rows, a row twice, or one not of 0 to {n - 1}")
     return arrays, meta["split"]
 
 
-# === §6 Command line ===
-
-READ = {"celeba": (read_celeba, 128), "cub": (read_cub, 64)}     # and the default --size
-
+# === §7 Command line ===
 
 class Parser(argparse.ArgumentParser):
     """Errors take one line, without the usage."""
@@ -578,12 +577,14 @@ def parse_args(argv=None):
     """All flags, checked."""
     parser = Parser(prog="data_prep.py", description="Prepare a raw data set for diffmvae.py.")
     add = parser.add_argument
-    add("--dataset", choices=list(READ), required=True, help="CelebAMask-HQ, or birds and captions")
+    add("--dataset", choices=list(FILES), required=True, help="CelebAMask-HQ or CUB")
     add("--raw", type=Path, required=True, help="the extracted download, read only")
     add("--out", type=Path, help="folder to write (default: data/<dataset>)")
     add("--size", type=int, help="pixels, a multiple of 8 (default: 128 for celeba, 64 for cub)")
+    add("--partial", action="store_true", help="leave out what is missing or damaged, and say so")
     args = parser.parse_args(argv)
-    args.size = READ[args.dataset][1] if args.size is None else args.size
+    args.out = args.out or Path("data") / args.dataset
+    args.size = args.size if args.size is not None else {"celeba": 128, "cub": 64}[args.dataset]
     if not 8 <= args.size <= 1024 or args.size % 8:
         parser.error(f"--size {args.size}: must be a multiple of 8 up to 1024")
     return args
@@ -592,8 +593,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """The command line: -> exit code."""
     args = parse_args(argv)
-    out = args.out or Path("data") / args.dataset
-    return exit_code("data_prep.py", prepare, args.dataset, args.raw, out, args.size)
+    return exit_code("data_prep.py", lambda: prepare(**vars(args)))
 
 
 if __name__ == "__main__":

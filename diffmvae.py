@@ -53,6 +53,7 @@ import sys
 import textwrap
 import time
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -76,7 +77,7 @@ from data_prep import ATTRIBUTES, UserError, user_error
 MODALITIES = {"celeba": ("image", "mask", "attr"), "cub": ("image", "text")}
 TOYS = {"celeba": data_prep.toy_faces, "cub": data_prep.toy_birds}
 TOY_COUNTS = {"train": 10_000, "val": 500, "test": 1000}
-JUDGE_TOYS, JUDGE_STEPS = 12_000, 800       # to train the judge of --eval on
+JUDGE_STEPS = 800                           # at least, to train the judge of --eval
 CHUNK = 50                                  # items at a time in --eval
 HUB = "bert-base-cased", "gpt2"             # what Optimus itself started from
 
@@ -122,6 +123,7 @@ class Config:
     vocab: tuple = (28996, 50260)   # how many: bert-base-cased, GPT-2 with three special ones
     special: tuple = (50257, 50258, 50259)  # the decoder's <PAD>, <BOS>, <EOS>; the encoder pads 0
     tokenizers: tuple = ()          # as JSON, set when a training starts
+    data: int = 0                   # Data.fingerprint of what is trained with
     # Objective, Eq. 5
     decoder: str = flag("diffusion", "image decoder; feedforward turns Eq. 5 into Eq. 4",
                         choices=("diffusion", "feedforward"))
@@ -825,9 +827,14 @@ class Data:
         self.arrays = {name: a for name, a in arrays.items() if name != "text"}
         self.size, self.toy, self.device = arrays["image"].shape[1], toy, device
         self.captions, self.vocabulary = arrays.get("text"), ()
-        if self.captions:  # the facts of toys, the frequent words of real captions
-            self.vocabulary = data_prep.BIRD_FACTS if toy else data_prep.frequent_words(
-                text for row in self.split["train"] for text in self.captions[row])
+        self.fingerprint = zlib.crc32(json.dumps(self.captions).encode())
+        for a in (*self.split.values(), *self.arrays.values()):
+            self.fingerprint = zlib.crc32(a, self.fingerprint)   # another for other data or splits
+        if self.captions:  # the facts of toys, the 50 words of most real captions
+            count = Counter(word for row in self.split["train"] for text in self.captions[row]
+                            for word in data_prep.content_words(text))
+            self.vocabulary = data_prep.BIRD_FACTS if toy else tuple(
+                sorted(count, key=lambda word: (-count[word], word))[:50])
 
     def stated(self, captions):
         """Which of the vocabulary each caption states: n texts -> (n, W) in {0, 1}."""
@@ -885,7 +892,7 @@ def small_tokenizer(captions, size=2000):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(map(data_prep.tidy, captions), trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<PAD>", "<BOS>", "<EOS>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return with_ends(tokenizer, 1, 2)
@@ -902,7 +909,7 @@ def with_ends(tokenizer, bos, eos):
 def tokenize(captions, config):
     """n texts -> token numbers (n, 2, L), for encoder and decoder, and how many were cut."""
     from tokenizers import Tokenizer
-    columns, cut = [], 0
+    columns, cut, captions = [], 0, [data_prep.tidy(text) for text in captions]
     for text, pad in zip(config.tokenizers, (0, config.special[0])):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.enable_truncation(config.text_length)
@@ -1047,12 +1054,10 @@ def train(folder, config, data, stop, resume=False, text_init=None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     if resume:
         checkpoint = read_checkpoint(folder / "checkpoint.pt")
-        with user_error(f"{folder}: the checkpoint's weights and configuration do not fit"):
-            model.load_state_dict(checkpoint["model"])
-            ema.load_state_dict(checkpoint["ema"])
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
         (first_stage, begin), adam_state, log = map(checkpoint.get, ("done", "adam", "log"))
-    with user_error(f"{folder}: cannot be written"):             # now, not at the first checkpoint
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)                    # now, not at the first checkpoint
     print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     for stage in range(first_stage, 3):
         total = {1: config.steps, 2: config.aux_steps}[stage]
@@ -1149,24 +1154,22 @@ def read_given(words, config):
 
 
 def read_own(name, value, config):
-    """One modality of the user's own: -> (1, ...) tensor. A mask is whatever is not black."""
+    """One modality of the user's own: -> (1, ...) tensor, read as data_prep.py and training do."""
     if name == "text":
-        ids, cut = tokenize([value.encode(errors="replace").decode()], config)  # (1, 2, L)
+        ids, cut = tokenize([value], config)                     # (1, 2, L)
         if cut or not any(map(str.isalnum, value)):
             raise UserError(f"--given text={value}: not 1 to {config.text_length - 2} tokens long")
         return torch.from_numpy(ids).long()
     if name == "attr":
-        chosen = set(value.split(",")) - {""}
+        chosen = set(value.replace(",", " ").split())
         if unknown := chosen - set(ATTRIBUTES):
             raise UserError(f"--given attr: no attribute {', '.join(sorted(unknown))}; the model "
                             f"knows {', '.join(ATTRIBUTES)}")
         return torch.tensor([[float(word in chosen) for word in ATTRIBUTES]])
-    with user_error(f"--given {name}={value}: cannot be read as a picture"):
-        picture = Image.open(value).convert("RGB")
-    if name == "mask":
-        picture = Image.fromarray(np.asarray(picture).any(-1).astype(np.uint8) * 255)
-    pixels = np.array(picture.resize([config.image_size] * 2, Image.Resampling.BILINEAR))[None]
-    return to_tensors({name: pixels if name == "image" else pixels > 127}, "cpu")[name]
+    path, size = Path(value).expanduser(), config.image_size
+    pixels = data_prep.read_picture(path, size) if name == "image" else \
+        data_prep.read_mask([path], size)
+    return to_tensors({name: pixels[None].copy()}, "cpu")[name]
 
 
 def draw_grid(path, title, columns, rows, config):
@@ -1261,17 +1264,13 @@ class Judge(nn.Module):
 
 
 def get_judge(path, data):
-    """The judge kept at `path`. If there is none it is trained first, supervised: on toys that the
-    model has not seen, or on the training split, there for at least ten passes."""
+    """The judge kept at `path`; if there is none it is trained first, on the training split."""
     judge = Judge(data.size, len(data.vocabulary)).to(data.device)
     if path.exists():
         with user_error(f"{path}: not a judge of this data, or damaged; delete it"):
             judge.load_state_dict(torch.load(path, data.device, weights_only=True))
         return judge.eval()
-    steps = JUDGE_STEPS if data.toy else max(JUDGE_STEPS, 10 * data.batches(64))
-    if data.toy:
-        toys = TOYS["cub" if data.captions else "celeba"](JUDGE_TOYS, data.size, seed=1_000_003)
-        data = Data(toys, {"train": np.arange(JUDGE_TOYS)}, True, data.device)
+    steps = max(JUDGE_STEPS, 5 * data.batches(64))               # batches of five passes
     torch.manual_seed(0)
     adam = torch.optim.Adam(judge.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, steps)
@@ -1336,7 +1335,8 @@ def load_clip(name, device):
 
     def score(image, captions):
         batch = processor(text=captions, images=list(eight_bits(image)), return_tensors="pt",
-                          padding=True, truncation=True).to(device)
+                          padding=True, truncation=True,
+                          max_length=net.config.text_config.max_position_embeddings).to(device)
         with torch.autocast(device.type, enabled=False):
             out = net(**batch)
         return 100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0)
@@ -1452,7 +1452,6 @@ def parse_args(argv=None):
     add("--eval", action="store_true", help="measure the figures of the paper's tables and more")
     add("--data", type=Path, help="folder of data_prep.py, or toy (default: data/<dataset> or toy)")
     add("--run", type=Path, help="run folder (default: runs/<dataset>[-toy][-variant])")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0,
         help="of training (a resumed one keeps its own), sampling, evaluation (default: 0)")
     add = parser.add_argument_group("sampling and evaluation").add_argument
@@ -1500,9 +1499,7 @@ def parse_args(argv=None):
 
 def run(args):
     """What the flags ask for, in the order train, sample, evaluate: -> exit code."""
-    with user_error(f"--device {args.device}: cannot be used"):
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = args.data or Path("data") / args.dataset
     toy = source == Path("toy") or args.data is None and not source.exists()
     asked = Config(**args.config)
@@ -1534,7 +1531,7 @@ def run(args):
         raise UserError("--text-init needs --preset paper, whose sizes it has")
     text_init = args.text_init or (HUB if data.captions and config.preset == "paper" else ())
     if new:  # what the data decide
-        config = replace(config, image_size=data.size)
+        config = replace(config, image_size=data.size, data=data.fingerprint)
         if text_init:
             config = pretrained_tokenizers(config, text_init)
         elif data.captions:
@@ -1547,6 +1544,10 @@ def run(args):
                         f"{f'a multiple of {unit}' if new else config.image_size}")
     data.tokenize(config)
     names, own = read_given(args.given, config)
+    if config.data != data.fingerprint and (args.train or args.eval or names and not own):
+        if args.train:
+            raise UserError(f"{folder}: was trained with other data")
+        print(f"{folder}: was trained with other data, maybe with these items", file=sys.stderr)
     inception = load_inception(args.inception, device) if args.inception else None
     clip = load_clip(args.clip, device) if args.clip else None
     # Modes
@@ -1569,8 +1570,7 @@ def run(args):
                         **options)
         print(f"{picture}: {time.time() - start:.1f} s")
     if args.eval:
-        known = zlib.crc32(data.arrays["image"][data.split["train"][:1000]].tobytes())
-        judge = get_judge(folder.parent / f"judge-{args.dataset}-{known:08x}.pt", data)
+        judge = get_judge(folder.parent / f"judge-{args.dataset}-{data.fingerprint:08x}.pt", data)
         num = min(len(data.split["test"]), args.eval_num or (2 ** 31 if inception else 400))
         with autocast(device):
             figures = evaluate(model, data, judge, num, args.eval_repeats, args.seed, inception,
@@ -1593,7 +1593,7 @@ def run(args):
 def main(argv=None):
     """The command line: -> exit code; 2 after one line on stderr for anything the user can mend."""
     args = parse_args(argv)
-    return data_prep.exit_code("diffmvae.py", run, args, errors=(torch.OutOfMemoryError,))
+    return data_prep.exit_code("diffmvae.py", lambda: run(args), torch.OutOfMemoryError)
 
 
 if __name__ == "__main__":
