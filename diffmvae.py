@@ -13,10 +13,9 @@ Objective, minimised, summed over dimensions, averaged over the batch [Eq. 5]:
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
     With lambda = g^2, beta = 1, w_i = 1 this is a bound on -log p(x) in nats, but for the two ends
     of time, which bound_8bit adds. "lambda = 1", the default, is weight 1 on the noise error, as in
-    [Eq. 1]. The small preset, not the paper's, has a warm-up of lambda, beta 0.1, some w_i 20.
+    [Eq. 1]. The small preset has Muon, a warm-up of lambda, beta 0.1, some w_i 20: not the paper's.
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
-        python diffmvae.py --dataset cub --train --sample cond --given text="a small red bird"
         Without prepared data (data_prep.py) it draws toys. --help lists all flags.
 
 Notation    paper                 here                        shape
@@ -82,24 +81,30 @@ CHUNK = 50                                  # items at a time in --eval
 HUB = "bert-base-cased", "gpt2"             # what Optimus itself started from
 
 
-def flag(default, help, **limits):
-    """A field of Config that is a flag too; limits: choices, or low and high of a number."""
-    return field(default=default, metadata={"help": help, **limits})
+def within(kind, low, high=2 ** 31):
+    """An argparse type: an int or a float from `low` to `high`."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    return number
+
+
+def flag(default, help, **options):
+    """A field of Config that is a flag of the command line too, with options of argparse."""
+    return field(default=default, metadata={"help": help, **options})
 
 
 @dataclass
 class Config:
-    """What defines a model and its training. The defaults are the paper's CelebAMask-HQ setup, CUB
-    and SMALL below override them. "paper Sec." is stated there, "after" is from the code of others,
-    the rest is ours. Fields with a flag() are flags of the command line."""
+    """What defines a model and its training. The defaults are the paper's CelebAMask-HQ setup.
+    "paper Sec." is stated there, "after" is from the code of others, the rest is ours."""
     dataset: str = "celeba"
     toy: bool = False               # drawn by data_prep.py
     preset: str = flag("paper", "sizes and length (default: small for toys)",
                        choices=("paper", "small"))
-    # Sizes
     image_size: int = 128           # paper Sec. 4.2; the prepared data decide
     latent: int = 256               # paper Sec. 4.2: Z
-    # Networks
     image_channels: tuple = (64, 128, 256, 512, 512)  # after Soft-IntroVAE at 128 px, paper [4]
     image_rates: tuple = (2, 2, 2, 2, 2)              # average pooling after each width
     mask_channels: tuple = (64, 128, 256)             # after SBM-VAE, paper [42]
@@ -132,7 +137,7 @@ class Config:
     weighting: str = flag("simple", "lambda(t) of Eq. 5: 1 (Diff-MVAE*) or g(t)^2 (Diff-MVAE)",
                           choices=("simple", "likelihood"))
     warmup: float = flag(0.0, "share of stage 1 with weight 1/alpha^2 on the noise error first, "
-                         "which is not in the paper", low=0, high=1)
+                         "which is not in the paper", type=within(float, 0, 1))
     beta: float = flag(1.0, "weight of the KL term; the paper's is unknown")
     attr_weight: float = flag(1.0, "weight of the attribute term")
     text_weight: float = flag(1.0, "weight of the caption term")
@@ -141,12 +146,12 @@ class Config:
     # Training
     steps: int = flag(200_000, "length of stage 1 in steps")     # 529 passes over 24,183 faces
     aux_steps: int = flag(100_000, "length of stage 2, the auxiliary model, in steps")
-    batch_size: int = flag(64, "samples a step of stage 1", low=2)
+    batch_size: int = flag(64, "samples a step of stage 1", type=within(int, 2))
     aux_batch_size: int = 256
+    optimizer: str = flag("adam", "of hidden weights; paper: adam", choices=("adam", "muon"))
     lr: float = flag(1e-4, "peak learning rate of Adam; rises at first, ends along a cosine")
+    muon_lr: float = 0.02           # of Muon, likewise
     lr_warmup: int = 1000           # steps of a rising rate
-    grad_clip: float = 1.0          # norm of the gradient; it is in the hundreds, so that every
-                                    # step is normalised, which trains better than no limit
     ema: float = 0.9999             # decay of the averaged weights; ramped up from 0.1
     seed: int = 0
     log_every: int = 100            # divides the next two
@@ -158,8 +163,7 @@ class Config:
         return MODALITIES[self.dataset]
 
     def sampling(self, sampler=None, steps=None):
-        """-> sampler, steps of an image: what is not given is as the paper samples this lambda
-        [Sec. 4.1]; how many Euler-Maruyama steps it takes, it does not say."""
+        """-> sampler, steps of an image: by default as the paper samples this lambda [Sec. 4.1]."""
         sampler = sampler or {"simple": "ddim", "likelihood": "euler-maruyama"}[self.weighting]
         return sampler, steps or (100 if sampler == "euler-maruyama" else 50)
 
@@ -179,7 +183,7 @@ SMALL = dict(image_size=32, latent=64, image_channels=(32, 64, 128), image_rates
              unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2, z_map=16,
              dropout=0.0, aux_width=48, aux_mults=(1, 2), aux_batch_size=128,
              beta=0.1, warmup=0.4, attr_weight=20.0, text_weight=20.0,  # not in the paper
-             steps=1800, aux_steps=1500, lr=1e-3, lr_warmup=50, ema=0.995,
+             steps=1800, aux_steps=1500, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
              log_every=20, probe_every=400, save_every=200)
 SMALL_CUB = dict(aux_dims=1, text_width=128, text_layers=2, text_heads=4, text_length=32,
                  vocab=(2000, 2000), special=(0, 1, 2), steps=2400)
@@ -233,12 +237,10 @@ def append_dims(a, x):
 
 
 class VPSDE:
-    """The variance-preserving SDE dx = -1/2 beta(t) x dt + sqrt(beta(t)) dw, t in [0, 1].
-
-    x_t = alpha(t) x_0 + sigma(t) eps, where alpha(t)^2 is the paper's alpha_bar_t [Eq. 1] and
-    g(t)^2 = beta(t) [Eq. 2]. With beta from 0.1 to 20 it is the limit of DDPM's 1000 steps, so one
-    network serves every sampler below. The functions of t map times to a tensor of their shape.
-    """
+    """The variance-preserving SDE dx = -1/2 beta(t) x dt + sqrt(beta(t)) dw, t in [0, 1]: x_t =
+    alpha(t) x_0 + sigma(t) eps, alpha(t)^2 is the paper's alpha_bar_t [Eq. 1], g(t)^2 = beta(t)
+    [Eq. 2]. With beta from 0.1 to 20 it is the limit of DDPM's 1000 steps, so one network serves
+    every sampler below. The functions of t map times to a tensor of their shape."""
     beta_min, beta_max, t_min = 0.1, 20.0, 1e-3
 
     def beta(self, t):
@@ -447,16 +449,14 @@ class DiffMVAE(nn.Module):
         return self.fuse(mu, logvar, observed.expand(len(mu), -1))
 
     def decode(self, z, noise, names=None, sampler=None, steps=None):
-        """z (n, Z), noise of row_noise -> dict of the named modalities, all by default; sampler,
-        steps: of images."""
+        """z (n, Z), noise of row_noise -> dict of names, or of all; sampler, steps: of images."""
         return {name: self.decoders[name].sample(z, noise, sampler=sampler, steps=steps)
                 for name in names or self.config.modalities}
 
     @torch.no_grad()
     def sample_conditional(self, given, n=1, generator=None, **options):
         """[Sec. 3.3] z ~ q(z|x_o), then each decoder: dict of B items -> dict of all modalities,
-        the given ones too, (B * n, ...): the n results of an item follow one another. Text comes
-        as the decoder's token numbers (B * n, L), for captions_of. options: those of decode."""
+        (B * n, ...), n of an item after another; text as tokens (B * n, L). options: of decode."""
         mu, logvar = (a.repeat_interleave(n, 0) for a in self.posterior(given))  # (B * n, Z)
         noise = row_noise(len(mu), generator, mu.device)
         z = mu + torch.exp(0.5 * logvar) * noise(mu.shape[1])
@@ -534,8 +534,7 @@ class BernoulliDecoder(nn.Sequential):
 
 
 def nll_8bit(x, mean, std):
-    """-log P of 8-bit values x in [-1, 1] under N(mean, std^2) cut into 256 bins, the outer ones
-    open: (B, ...) -> (B,) nats, dims summed."""
+    """-log P of 8-bit x under N(mean, std^2) in 256 bins, the outer ones open: -> (B,) nats."""
     x, mean, std = x.double(), mean.double(), std.double()
     low = ((x - 1 / 255 - mean) / std).masked_fill(x < -1 + 1 / 255, -math.inf)
     high = ((x + 1 / 255 - mean) / std).masked_fill(x > 1 - 1 / 255, math.inf)
@@ -652,9 +651,8 @@ class TextEncoder(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """M_F of Eq. 5 for captions: GPT-2 that gets z in two ways, as in Optimus (paper Sec. 4.1): as
-    a memory, one position in front of the caption, whose key and value in every layer are one
-    linear map of z; as an embedding, another linear map of z, added to every token's."""
+    """M_F of Eq. 5 for captions: GPT-2 that gets z twice, by linear maps, as in Optimus: as key and
+    value of one position in front, in every layer; added to every token's embedding."""
 
     def __init__(self, c):
         super().__init__()
@@ -678,8 +676,7 @@ class TextDecoder(nn.Module):
         return DynamicCache([(k, k) for k in keys.unbind(1)])
 
     def logits(self, z, ids, cache):
-        """Tokens (B, T) -> logits of those after them (B, T, V); extends the cache, which goes by
-        position, as the name of that argument differs between versions of the library."""
+        """Tokens (B, T) -> logits of those after them (B, T, V); the cache goes by position."""
         embeds = self.gpt.transformer.wte(ids) + self.embed(z).unsqueeze(1)  # (B, T, width)
         return self.gpt(None, cache, inputs_embeds=embeds).logits.float()
 
@@ -879,13 +876,6 @@ class Data:
         return rows[part], rng.integers(10, size=len(rows))[part]
 
 
-def toy_data(dataset, size, device):
-    """The built-in set of TOY_COUNTS; rows 0.. are train, then val, then test."""
-    ends = np.cumsum([0, *TOY_COUNTS.values()])
-    split = {name: np.arange(a, b) for name, a, b in zip(TOY_COUNTS, ends, ends[1:])}
-    return Data(TOYS[dataset](int(ends[-1]), size), split, True, device)
-
-
 def small_tokenizer(captions, size=2000):
     """Byte-level BPE made from the captions: -> its JSON; <PAD>, <BOS>, <EOS> are 0, 1, 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -945,8 +935,7 @@ def pretrained_tokenizers(config, sources):
 
 
 def load_text_weights(model, sources):
-    """Start the text encoder and decoder from two folders of an Optimus download, or from HUB but
-    for Optimus's own three layers. UserError that names what is missing or does not fit."""
+    """Start the text parts from two folders of Optimus, or from HUB but for its own layers."""
     from transformers import BertModel, GPT2LMHeadModel
     own = {"linear.weight": "head.weight", "transformer.linear.weight": "memory.weight",
            "transformer.linear_emb.weight": "embed.weight"}
@@ -977,6 +966,29 @@ def autocast(device):
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (K. Jordan, 2024): a weight as a matrix (out, rest) moves along its averaged gradient
+    with all singular values made about 1, by five Newton-Schulz iterations. PyTorch's own takes
+    only matrices, in bfloat16, which many CPUs lack."""
+
+    def __init__(self, params):
+        super().__init__(params, dict(lr=0.02))
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(mean, 0.95).flatten(1)               # (out, rest), Nesterov's momentum
+            out, rest = x.shape
+            x = (x.T if out > rest else x) / (x.norm() + 1e-12)  # fewer rows than columns
+            for _ in range(5):
+                gram = x @ x.T
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            x = x.T if out > rest else x
+            p.sub_(x.reshape(p.shape), alpha=self.param_groups[0]["lr"] * max(1, out / rest) ** 0.5)
 
 
 @contextmanager
@@ -1016,15 +1028,13 @@ def load(path, device="cpu"):
 
 @torch.no_grad()
 def coherence(model, data, rows):
-    """Figures that show what losses do not: -> dict. "information": nats that z tells of x, for
-    Gaussian means. "image gap": by how much the decoder's loss is above "image nll" with the z
-    of another row. "mask->image": F1 of the image made from a mask, read by the model's own
-    encoder, against it; "image->mask": of what it reads off the real image."""
-    x, config, losses, quick = data.tensors(rows), model.config, [], dict(sampler="dpm++", steps=10)
+    """Figures that show what losses do not: -> dict. "image gap": by how much the decoder's loss is
+    above "image nll" with the z of another row. "mask->image": F1 of the image made from a mask,
+    read by the model's own encoder, against it; "image->mask": of what it reads off real images."""
+    x, config, losses, figures = data.tensors(rows), model.config, [], {}
+    quick = dict(names=["image"], sampler="dpm++", steps=10)
     with autocast(data.device):
-        mu, logvar = model.posterior(x)
-        spread, z = mu.var(0) / logvar.exp().mean(0), gaussian_sample(mu, logvar)  # (Z,), (B, Z)
-        figures = {"information": 0.5 * spread.log1p().sum().item()}
+        z = gaussian_sample(*model.posterior(x))                 # (B, Z)
         for code in (z, z.roll(1, 0)):
             torch.manual_seed(0)  # the same noise and times for both
             losses.append(model.reconstruct(code, x, config.weighting))
@@ -1032,7 +1042,7 @@ def coherence(model, data, rows):
             right, wrong = (terms[name].mean().item() for terms in losses)
             figures |= {f"{name} nll": right, f"{name} gap": wrong - right}
         for name in config.modalities[1:]:
-            made = model.sample_conditional({name: x[name]}, names=["image"], **quick)["image"]
+            made = model.sample_conditional({name: x[name]}, **quick)["image"]
             for key, image in ((f"{name}->image", made), (f"image->{name}", x["image"])):
                 read = model.decoders[name].sample(model.posterior({"image": image})[0])
                 figures[key] = mean_f1(*(data.bits(name, a, config) for a in (read, x[name])))
@@ -1042,9 +1052,8 @@ def coherence(model, data, rows):
 def train(folder, config, data, stop, resume=False, text_init=None):
     """Stage 1: Eq. 5 end to end [Sec. 3.2]; stage 2: the auxiliary model [Sec. 3.4]. Writes
     checkpoint.pt, log.jsonl and pictures; saves and leaves when the list `stop` gets an item.
-    Random numbers are a function of (seed, stage, step), so that resuming needs no generator's
-    state; the figures of a step stay on the device until the log wants them."""
-    device, first_stage, begin, adam_state, log = data.device, 1, 0, None, []
+    Random numbers depend on (seed, stage, step) alone: resuming needs no generator's state."""
+    device, first_stage, begin, states, log = data.device, 1, 0, (), []
     torch.manual_seed(config.seed)
     model = DiffMVAE(config).to(device)
     if device.type == "cuda":  # on CPUs group norm is faster in the plain layout
@@ -1056,7 +1065,7 @@ def train(folder, config, data, stop, resume=False, text_init=None):
         checkpoint = read_checkpoint(folder / "checkpoint.pt")
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
-        (first_stage, begin), adam_state, log = map(checkpoint.get, ("done", "adam", "log"))
+        (first_stage, begin), states, log = map(checkpoint.get, ("done", "optimizers", "log"))
     folder.mkdir(parents=True, exist_ok=True)                    # now, not at the first checkpoint
     print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     for stage in range(first_stage, 3):
@@ -1064,16 +1073,18 @@ def train(folder, config, data, stop, resume=False, text_init=None):
         nets, averages = (nn.ModuleList([m.encoders, m.decoders] if stage == 1 else [m.aux])
                           for m in (model, ema))
         params, pending, start = list(nets.parameters()), [], time.time()
-        adam = torch.optim.Adam(params, fused=True)
-        if adam_state:
-            adam.load_state_dict(adam_state)
+        hidden = [p for p in params
+                  if config.optimizer == "muon" and min(len(p), p[0].numel()) >= 16]
+        others = [p for p in params if all(p is not q for q in hidden)]
+        optimizers = [torch.optim.Adam(others, fused=True)] + ([Muon(hidden)] if hidden else [])
+        for optimizer, state in zip(optimizers, states):
+            optimizer.load_state_dict(state)
         if stage == 2:
-            train_rows, parts = data.split["train"], []
-            captions = np.random.default_rng(0).integers(10, size=len(train_rows))  # one a row
+            train_rows, parts = np.array_split(data.split["train"], data.batches(256)), []
             with torch.no_grad(), autocast(device):
-                for k in range(0, len(train_rows), 256):
-                    x = data.tensors(train_rows[k:k + 256], captions[k:k + 256])
-                    parts.append(ema.posterior(x))               # q(z|x) given all modalities
+                for caption in range(10 if data.captions else 1):
+                    for rows in train_rows:                      # q(z|x) given all modalities
+                        parts.append(ema.posterior(data.tensors(rows, caption)))
             mu, logvar = (torch.cat(part) for part in zip(*parts))  # (N, Z) each
             for aux in (model.aux, ema.aux):  # moments of the samples, in closed form
                 aux.mean.copy_(mu.mean(0))
@@ -1093,13 +1104,15 @@ def train(folder, config, data, stop, resume=False, text_init=None):
                 else:
                     rows = torch.randint(len(mu), (config.aux_batch_size,), device=device)
                     terms = {"total": model.aux.nll(gaussian_sample(mu[rows], logvar[rows]))}
-            # One step of Adam; its rate warms up, then follows a cosine to zero
-            adam.param_groups[0]["lr"] = (config.lr * min(1.0, (step + 1) / config.lr_warmup)
-                                          * 0.5 * (1 + math.cos(math.pi * step / total)))
-            adam.zero_grad()
+            # One step; the learning rates warm up, then follow a cosine to zero
+            nets.zero_grad()
             terms["total"].mean().backward()                     # the one mean over the batch
-            norm = nn.utils.clip_grad_norm_(params, config.grad_clip)
-            adam.step()
+            norm = nn.utils.clip_grad_norm_(params, 1.0)         # always, as it is in the hundreds
+            rate = min(1, (step + 1) / config.lr_warmup) * math.cos(math.pi / 2 * step / total) ** 2
+            for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
+                optimizer.param_groups[0]["lr"] = peak * rate
+                with autocast(device):
+                    optimizer.step()
             # EMA of weights and of batch norm's statistics; over a short time at first
             decay = min(config.ema, (1 + step) / (10 + step))
             with torch.no_grad():
@@ -1131,12 +1144,12 @@ def train(folder, config, data, stop, resume=False, text_init=None):
                 with new_file(folder / "checkpoint.pt") as file:
                     torch.save({"config": asdict(config), "stage": stage, "step": done, "log": log,
                                 "model": model.state_dict(), "ema": ema.state_dict(),
-                                "adam": adam.state_dict()}, file)
+                                "optimizers": [o.state_dict() for o in optimizers]}, file)
                 with new_file(folder / "log.jsonl") as file:
                     file.write("".join(json.dumps(row) + "\n" for row in log).encode())
             if stop and last:  # not a signal since then: nothing is saved yet
                 return
-        begin, adam_state = 0, None
+        begin, states = 0, ()
 
 
 # === §8 Sampling to pictures [Sec. 3.3] [Sec. 3.4] ===
@@ -1173,8 +1186,7 @@ def read_own(name, value, config):
 
 
 def draw_grid(path, title, columns, rows, config):
-    """Save a labelled grid. columns: {label: modalities (n, ...) by name}, what belongs together,
-    a caption under its picture; rows: n labels."""
+    """Save a labelled grid; columns: {label: {modality: (n, ...)}}, rows: n labels."""
     tall, font = 222 if len(config.modalities) == 2 else 134, ImageFont.load_default(13)
     width = max(72 + 174 * len(columns), math.ceil(font.getlength(title)) + 12)
     grid = Image.new("RGB", (width, 44 + tall * len(rows)), "white")
@@ -1204,9 +1216,8 @@ def draw_grid(path, title, columns, rows, config):
 
 
 def sample_pictures(model, data, path, given, num, seed=0, prior="aux", own=None, **options):
-    """Generate and draw the grid at `path`. given: names, [] for unconditional sampling; of the
-    first `num` test items, or of `own`, one item that is then sampled `num` times. options:
-    sampler, steps."""
+    """Generate and draw the grid at `path`. given: names of the first `num` test items or of `own`,
+    one that is then sampled `num` times; [] for unconditional sampling. options: of decode."""
     generator, config, x = torch.Generator().manual_seed(seed), model.config, {}
     if own:
         x = {name: a.to(data.device).expand(num, *a.shape[1:]) for name, a in own.items()}
@@ -1233,16 +1244,14 @@ def sample_pictures(model, data, path, given, num, seed=0, prior="aux", own=None
 # === §9 Evaluation ===
 
 def mean_f1(pred, target):
-    """Sample-average F1: 2 TP / (predicted + true) of each item, (B, ...), (B, ...) in {0, 1}, and
-    the mean of the B. 0 where both are empty, as in scikit-learn's average="samples"."""
+    """Sample-average F1 of (B, ...) in {0, 1}: 2 TP / (predicted + true) of an item, 0 of none."""
     pred, target = pred.flatten(1) > 0.5, target.flatten(1) > 0.5
     both = (pred & target).sum(1)                                # (B,)
     return (2 * both / (pred.sum(1) + target.sum(1)).clamp(min=1)).mean().item()
 
 
 class Judge(nn.Module):
-    """Shares no weight with the model that it judges: images (B, 3, H, W) -> features (B, 128), and
-    logits by name, "attr" (B, 18) and "mask" (B, 1, H, W), or "text" (B, words)."""
+    """Shares no weight with what it judges: images -> features (B, 128), logits by modality."""
 
     def __init__(self, size, words=0):
         super().__init__()
@@ -1301,9 +1310,8 @@ def frechet_distance(a, b):
 
 
 def load_inception(path, device):
-    """FID's network, pt_inception-2015-12-05-6726825d.pth of the pytorch-fid project: -> function
-    of images (B, 3, H, W) in [-1, 1] -> features (B, 2048). It is torchvision's Inception v3 but
-    for some pooling: means leave out the padding, and the last block takes the largest value."""
+    """FID's network, pt_inception-2015-12-05-6726825d.pth of pytorch-fid: -> function of images ->
+    (B, 2048). Inception v3, but means leave out the padding and the last block takes maxima."""
     from torchvision.models import Inception3  # here, as importing it takes seconds
     net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     with user_error(f"--inception {path}: not pytorch-fid's weights of Inception v3, or damaged"):
@@ -1326,8 +1334,7 @@ def load_inception(path, device):
 
 
 def load_clip(name, device):
-    """A CLIP model of the hub or a folder: -> function of images (B, 3, H, W) and B captions -> 100
-    max(cos, 0) of their embeddings (B,): paper [7] with the factor that Table 2 seems to have."""
+    """A CLIP model: -> function of images (B, 3, H, W), captions -> 100 max(cos, 0) [7], (B,)."""
     from transformers import CLIPModel, CLIPProcessor
     with user_error(f"--clip {name}: no CLIP model"):
         net = CLIPModel.from_pretrained(name).to(device).eval()
@@ -1374,8 +1381,7 @@ def paper_row(config):
 @torch.no_grad()
 def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, **options):
     """Figures of the first `num` test items: -> {figure: a number for each repeat, with seeds from
-    `seed`; one if nothing is drawn}. FD-judge: a Fréchet distance of the judge's features, but not
-    FID. inception, clip: of load_inception, load_clip; options: sampler, steps."""
+    `seed`; one if nothing is drawn}. inception, clip: of load_*; options: sampler, steps."""
     config, rows, figures = model.config, data.split["test"][:num], {}
     names, x, truth = config.modalities, data.tensors(rows), data.labels(rows)
     chunks = [{name: a[k:k + CHUNK] for name, a in x.items()} for k in range(0, len(rows), CHUNK)]
@@ -1432,15 +1438,6 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
 
 # === §10 Command line ===
 
-def within(kind, low, high=2 ** 31):
-    """An argparse type: an int or a float from `low` to `high`."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-    return number
-
-
 def parse_args(argv=None):
     """All flags, checked; those of Config that were given are in args.config."""
     parser = data_prep.Parser(prog="diffmvae.py", description="Train, sample, evaluate, in turn.")
@@ -1469,12 +1466,11 @@ def parse_args(argv=None):
     add("--clip", help="for CLIP scores of cub: a model of the Hugging Face hub or a folder")
     add = parser.add_argument_group("training (defaults: by preset)").add_argument
     flags = [f for f in fields(Config) if f.metadata]
+    kinds = {bool: {"action": "store_true"}, str: {}, int: {"type": count},
+             float: {"type": within(float, 0)}}
     for f in flags:
-        low, high = (f.metadata.get(key, default) for key, default in (
-            ("low", 1 if f.type is int else 1e-9), ("high", 2 ** 31)))
-        kind = {bool: dict(action="store_true"), str: dict(choices=f.metadata.get("choices"))}
-        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"],
-            **kind.get(f.type, dict(type=within(f.type, low, high))))
+        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+            **{**kinds[f.type], **f.metadata})
     add("--text-init", nargs=2, metavar="FOLDER", help="cub, preset paper: Optimus's folders "
         "checkpoint-encoder-*, checkpoint-decoder-* (default: bert-base-cased, gpt2 of the hub)")
     add("--resume", action="store_true", help="continue the run exactly where its checkpoint is")
@@ -1524,7 +1520,9 @@ def run(args):
             print(f"{folder}: trained up to stage {done[0]}, step {done[1]} only", file=sys.stderr)
     if toy:
         print(f"*** Not real data: the built-in TOY {args.dataset}, preset {config.preset}. ***")
-        data = toy_data(args.dataset, config.image_size, device)
+        ends = np.cumsum([0, *TOY_COUNTS.values()])
+        split = {name: np.arange(a, b) for name, a, b in zip(TOY_COUNTS, ends, ends[1:])}
+        data = Data(TOYS[args.dataset](ends[-1], config.image_size), split, True, device)
     else:
         data = Data(*data_prep.read_prepared(source, args.dataset), False, device)
     if args.text_init and config.preset != "paper":
@@ -1565,19 +1563,18 @@ def run(args):
     if args.sample:
         stem = "-".join(["given", *names, *["own"] * bool(own)]) if names else \
             f"uncond-{args.prior}"
-        picture, start = folder / "samples" / f"{stem}-seed{args.seed}.png", time.time()
+        picture = folder / "samples" / f"{stem}-seed{args.seed}.png"
         sample_pictures(model, data, picture, names, args.num, args.seed, args.prior, own,
                         **options)
-        print(f"{picture}: {time.time() - start:.1f} s")
+        print(picture)
     if args.eval:
         judge = get_judge(folder.parent / f"judge-{args.dataset}-{data.fingerprint:08x}.pt", data)
         num = min(len(data.split["test"]), args.eval_num or (2 ** 31 if inception else 400))
         with autocast(device):
             figures = evaluate(model, data, judge, num, args.eval_repeats, args.seed, inception,
                                clip, **options)
-        settings = {"model": config.model_name(), "items": num, "seed": args.seed}
-        if config.decoder == "diffusion":
-            settings["sampling"] = config.sampling(**options)
+        settings = {"model": config.model_name(), "items": num, "seed": args.seed,
+                    "sampling": config.decoder == "diffusion" and config.sampling(**options)}
         paper = paper_row(config)
         with new_file(folder / "eval.json") as file:             # first, as printing can fail
             file.write(json.dumps({**settings, "figures": figures, "paper": paper}).encode())

@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -611,13 +610,12 @@ def test_absent_modalities_have_no_part(faces):
 
 @pytest.mark.parametrize("dataset", D.MODALITIES)
 @pytest.mark.parametrize("weighting", ["simple", "likelihood"])
+@pytest.mark.filterwarnings("error")                             # transformers renames arguments
 def test_gradients_reach_everything(x, dataset, weighting):
     """[Eq. 5] end to end: the diffusion term alone moves every encoder; all parameters learn."""
     model = randomise(model_of(tiny(dataset, weighting=weighting))).train()
     torch.manual_seed(0)
-    with warnings.catch_warnings():                              # transformers renames arguments
-        warnings.simplefilter("error")
-        model.neg_elbo(x, weighting)["image"].mean().backward()
+    model.neg_elbo(x, weighting)["image"].mean().backward()
     for name in D.MODALITIES[dataset]:  # the keys' biases of BERT cancel in the softmax
         assert all(p.grad.any() for n, p in model.encoders[name].named_parameters()
                    if not n.endswith("key.bias")), name
@@ -865,7 +863,7 @@ def test_averages_and_rates_in_closed_form(tmp_path, monkeypatch):
         for p in self.param_groups[0]["params"]:
             p.data.zero_()
     monkeypatch.setattr(torch.optim.Adam, "step", jump)
-    config, _ = train(tmp_path, dataset="cub", ema=0.3, lr=1.0, lr_warmup=3)
+    config, _ = train(tmp_path, dataset="cub", ema=0.3, lr=1.0, lr_warmup=3, optimizer="adam")
     start, found = model_of(config, config.seed), weights(tmp_path)
     for name, p in start.named_parameters(remove_duplicate=False):
         left = math.prod(min(0.3, (1 + k) / (10 + k)) for k in range(4 if "aux." in name else 6))
@@ -873,6 +871,26 @@ def test_averages_and_rates_in_closed_form(tmp_path, monkeypatch):
     for total, found in ((6, rates[:6]), (4, rates[6:])):
         assert found == pytest.approx([min(1, (k + 1) / 3) * (1 + math.cos(math.pi * k / total)) / 2
                                        for k in range(total)])
+
+
+def test_muon(tmp_path, monkeypatch):
+    """The second step by hand: along U V^T of Nesterov's average; Adam moves what is small."""
+    for shape, scale in (((40, 3, 3, 3), 0.02 * math.sqrt(40 / 27)), ((20, 64), 0.02)):
+        p, (a, b) = nn.Parameter(torch.randn(shape)), torch.randn(2, *shape)
+        optimizer = D.Muon([p])
+        for p.grad in (a, b):
+            before = p.detach().clone()
+            optimizer.step()
+        average = 0.05 * b + 0.95 * (0.05 * b + 0.95 * 0.05 * a)
+        u, _, vt = torch.linalg.svd(average.flatten(1), full_matrices=False)
+        moved = u.T @ (before - p.detach()).flatten(1) @ vt.T / scale
+        assert 0.6 < moved.diag().min() and moved.diag().max() < 1.3
+        assert (moved - moved.diag().diag()).abs().max() < 0.01
+    monkeypatch.setattr(D.Muon, "step", lambda _: None)
+    config, _ = train(tmp_path, optimizer="muon")
+    start, found = dict(model_of(config, config.seed).named_parameters()), weights(tmp_path)
+    assert all(torch.equal(p, found["model", n]) == (min(len(p), p[0].numel()) >= 16)
+               for n, p in start.items() if n.startswith("encoders"))
 
 
 @pytest.mark.parametrize("changes,want", [
@@ -934,14 +952,12 @@ def test_checkpoint_is_atomic(tmp_path, monkeypatch):
 
 
 def test_gaps_tell_decoders_that_ignore_z():
-    """0 for a decoder blind to z; information: 0.5 sum log(1 + var(mu) / var)."""
+    """The gap is 0 for a decoder blind to z and what another z costs for one that uses it."""
     data, rows, model = toy("cub"), np.arange(12), model_of(tiny("cub")).eval()
     nn.init.zeros_(model.decoders["text"].memory.weight)         # blind, as is a zero output layer
     figures = D.coherence(model, data, rows)
-    mu, logvar = model.posterior(data.tensors(rows))
+    mu, _ = model.posterior(data.tensors(rows))
     assert figures["image gap"] == figures["text gap"] == 0
-    want = 0.5 * np.log(1 + (mu.var(0) / logvar.exp().mean(0)).detach().numpy()).sum()
-    assert figures["information"] == pytest.approx(want, abs=2e-3)
     model.posterior = lambda x: (mu, torch.full_like(mu, -30.0))  # sharp: z tells the row
     wrong = lambda z: torch.cdist(z, mu).argmin(1) != torch.arange(12)
     model.decoders["text"].nll = lambda z, text, _: 3.0 + 7.0 * wrong(z)
@@ -1061,7 +1077,6 @@ def test_prepare_celeba(tmp_path, capsys, mapping):
     assert ("not the official split" in text) != mapping
     assert "1 files of no face and part, the first: 00099_nose.png" in text
     assert data_prep.main(command) == 2 and "exists already" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
 
 
 def test_partial_data(tmp_path, capsys):
@@ -1174,8 +1189,7 @@ def prepared_birds(raw, out):
     (False, (40, 30), {"text_c10/test": [J], "text_c10/val": [W, A]}, [{T}, {A, W}, {J}]),
     (False, (40, 30), {"CUB_200_2011/test": [A, "099.Owl"]}, [{J, T}, {W}, {A}])])
 def test_prepare_cub(tmp_path, capsys, mmvae, size, files, want):
-    """[Sec. 4.1] rows have their picture and captions, files of class names decide the split; a
-    made-up one is said aloud; decoding at a smaller scale changes next to nothing."""
+    """[Sec. 4.1] rows have their picture and captions; files of class names decide the split."""
     paths, limit = draw_birds(tmp_path / "raw", mmvae, size), 2 if size[0] > 99 else 1e-9
     for name, kinds in files.items():
         (tmp_path / "raw" / f"{name}classes.txt").write_text("\n".join(kinds))
@@ -1215,9 +1229,8 @@ def test_f1_and_frechet_distance():
     noise = torch.randn(200_000, 3, generator=seeded())
     noise = (noise - noise.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(noise.T))).T
     mean, s, t = torch.tensor([[1.0, -2.0, 0.5], [1.0, 2.0, 0.5], [0.3, 1.0, 1.5]])
-    got = D.frechet_distance(noise * s, noise * t + mean)
-    assert got == pytest.approx((mean.square().sum() + (s - t).square().sum()).item(), rel=1e-3)
-    assert D.frechet_distance(noise, noise) == pytest.approx(0, abs=1e-3)
+    want = (mean.square().sum() + (s - t).square().sum()).item()
+    assert D.frechet_distance(noise * s, noise * t + mean) == pytest.approx(want, rel=1e-3)
 
 
 def test_own_input(tmp_path, monkeypatch):
@@ -1243,8 +1256,6 @@ def test_grid(tmp_path, dataset, columns, tall):
     assert len(grid) == 44 + 2 * tall and grid.shape[1] >= 72 + columns * 174
     image = D.eight_bits(data.tensors(data.split["test"][:2])["image"])[1].permute(1, 2, 0).numpy()
     assert np.array_equal(grid[44 + tall:172 + tall, 72:200], image.repeat(8, 0).repeat(8, 1))
-    if dataset == "cub":
-        assert (grid[44 + 130:44 + 218, 72:246] < 128).sum() > 100
 
 
 class Perfect:
@@ -1277,14 +1288,8 @@ def test_evaluation_of_a_perfect_model(dataset, monkeypatch):
     data, config = toy(dataset), tiny(dataset, decoder="feedforward")
     x, labels = data.tensors(data.split["test"]), data.labels(data.split["test"])
     perfect = Perfect(config, x, labels)
-
-    def clip(image, captions):  # 1 if they belong together, 2 if the picture is made
-        rows = perfect.find("image", image)
-        assert captions == D.captions_of(x["text"][rows, 1], config)
-        return torch.full((len(image),), 1.0 + bool((image != x["image"][rows]).all()))
     monkeypatch.setattr(D, "CHUNK", 5)
-    figures = D.evaluate(perfect, data, perfect, 12, 1, 0, lambda image: image.flatten(1)[:, :9],
-                         clip if dataset == "cub" else None)
+    figures = D.evaluate(perfect, data, perfect, 12, 1, 0, lambda image: image.flatten(1)[:, :9])
     f1 = {n: v for n, (v,) in figures.items() if "F1" in n and "another" not in n}
     assert set(f1.values()) == {1.0} and len(f1) == (16 if dataset == "celeba" else 5), f1
     for kind in ("FD-judge", "FID"):
@@ -1292,9 +1297,6 @@ def test_evaluation_of_a_perfect_model(dataset, monkeypatch):
         assert max(distances) < 1e-3 and len(distances) == (6 if dataset == "celeba" else 4)
     assert figures["image from image: corner correlation"] == pytest.approx([1.0])
     assert 0 < max(v for n, (v,) in figures.items() if "another" in n) < 0.9
-    assert {n: v for n, (v,) in figures.items() if "CLIP" in n} == ({} if dataset == "celeba" else {
-        "text from image: CLIP": 1, "image from text: CLIP": 2,
-        "image + text from nothing: CLIP": 2, "image + text from N(0, I): CLIP": 2})
 
 
 @pytest.mark.parametrize("dataset", D.MODALITIES)
@@ -1393,7 +1395,6 @@ def test_rows_of_the_paper():
             assert config(**flags).model_name() is None and D.paper_row(config(**flags)) == {}
     for kind, source, figure in (("diffusion", "nothing", 28.4), ("feedforward", "N(0, I)", 139.8)):
         assert D.paper_row(tiny(decoder=kind))[f"image from {source}: FID"] == figure
-    assert [{len(row) for row in t.values()} for t in D.PAPER.values()] == [{10}, {5}]
 
 
 # === §9 The command line ===
@@ -1454,7 +1455,7 @@ def test_command_sample(trained, dataset, flags, file):
 
 
 @pytest.mark.parametrize("flags,more,run", [
-    ("--decoder feedforward --prior-expert", "--beta 0.7 --lr 1e-4", "feedforward-prior"),
+    ("--decoder feedforward --prior-expert", "--beta 0.7 --optimizer adam", "feedforward-prior"),
     ("--decoder feedforward --objective mvtcae", "--preset small", "feedforward-mvtcae"),
     ("--weighting likelihood", "--warmup 0.5 --attr-weight 3 --text-weight 2", "likelihood")])
 def test_command_variants(tmp_path, flags, more, run):
@@ -1481,6 +1482,7 @@ def test_command_eval(trained, monkeypatch, dataset, extra, figure, paper):
         trained, flags, dataset, **stubs)
     record = json.loads(path.read_text())
     assert record["paper"][figure] == paper and record["items"] == 4
+    assert sum("CLIP" in name for name in record["figures"]) == 4 * (extra == "clip")
     a, b = record["figures"][figure]
     want = rf"^  {figure} +{(a + b) / 2:.3f} \+- {abs(a - b) / math.sqrt(2):.3f} +{paper}$"
     assert re.search(want, result.stdout, re.M)
@@ -1527,7 +1529,7 @@ def test_command_text_init(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, trained):
-    """A folder with raw data in all three layouts, prepared data and a run of either setup."""
+    """A folder with raw data, prepared data and a run of either setup."""
     folder = tmp_path_factory.mktemp("place")
     draw_raw(folder / "faces")
     draw_birds(folder / "birds")
@@ -1561,8 +1563,7 @@ UNCOND, NEW, COND = "--sample uncond ", "--train --run new ", "--sample cond --g
 FROM = NEW + "--preset small --data prepared"
 BAD_INPUT = {
     "celeba": [
-        ("", "give --train, --sample or --eval"), ("--sample cond", "goes with --given"),
-        (UNCOND + "--inception x", "--inception need --eval"), ("'a\nb'", "arguments: a b"),
+        ("", "give --train"), ("--sample cond", "goes with"), (NEW + "--warmup 2", "not betw"),
         (COND + "sound", "choose from image, mask, a"), (COND + "mask attr=Bald", "all your own"),
         (COND + "attr=Freckles", "no attribute Freckles"), ("--eval --clip x", "only cub has "),
         (COND + "mask=no.png", "no.png: cannot be read as a mask"),
@@ -1572,7 +1573,7 @@ BAD_INPUT = {
         (NEW + "--decoder feedforward --weighting likelihood", "of the diffusion decoder"),
         (NEW + "--objective mvtcae --prior-expert", "has no --prior-expert"),
         ("--eval --inception no.pth", "not pytorch-fid's weights"),
-        ("--train --resume --lr 0.5", "was trained with lr 0.001"),
+        ("--train --resume --lr 0.5", "was trained with lr 0.002"),
         (UNCOND + "--run runs/celeba-toy --data prepared", "was trained with toy True"),
         (NEW + "--data prepared", "16 px; the model needs a multiple of 32"),
         (UNCOND, "not a checkpoint of this version", cut(50_000, "runs/*/checkpoint.pt")),
@@ -1624,8 +1625,7 @@ def test_bad_input(place, tmp_path, start, flags, words, damage):
 
 @pytest.mark.parametrize("dataset", D.MODALITIES)
 def test_resume_is_bitwise(tmp_path, dataset):
-    """A crash loses the steps since the last checkpoint, Ctrl-C and SIGTERM none, in any stage, as
-    the log is written; after --resume weights, averages and log are those of an undisturbed run."""
+    """A crash loses the steps since the last checkpoint, Ctrl-C and SIGTERM none."""
     flags, in_step, in_log = "--train --steps 12 --aux-steps 15 --run ", (
         torch.optim.Adam, "step"), (D.tqdm, "set_postfix")
     preset = {**TINY[dataset], "dropout": 0.1, "log_every": 1, "save_every": 5}
