@@ -7,7 +7,7 @@
     image.npy  (N, H, W, 3) uint8   RGB 0..255
     mask.npy   (N, H, W)    uint8   celeba, 0 or 1: the composite of all face parts but the skin
     attr.npy   (N, 18)      uint8   celeba, 0 or 1: the 18 attributes in the order of ATTRIBUTES
-    text.json  N lists of 10        cub: the captions, as written but for blanks at the ends
+    text.json  N lists of 10        cub: the captions, as written but for blanks and U+FFFD
     meta.json                       dataset, size, count, names, rows of each split
 """
 import argparse
@@ -375,7 +375,7 @@ def read_lines(path):
 
 
 def tidy(caption):
-    """The one form that models see: lower case, plain quotes and dashes, no blanks, a full stop."""
+    """What models see: lower case, plain quotes and dashes, single blanks, a full stop."""
     text = caption.encode(errors="replace").decode().translate(PLAIN).lower()
     return " ".join(text.split()).rstrip(" .!?") + "."
 
@@ -468,7 +468,7 @@ def read_cub(raw, size):
         paths, captions = named_files(images, *SUFFIXES), named_files(texts, ".txt")
     elif not whole:
         raise UserError(f"{raw}: neither images and text_c10, nor text_trainvalclasses.txt")
-    for part, kind in (("train", "trainval"), ("test", "test")) if not paths else ():
+    for part, kind in () if images and texts else (("train", "trainval"), ("test", "test")):
         file = whole.with_name(f"text_{kind}classes.txt")
         found, lines = named_files(whole.with_name(part), *SUFFIXES), read_lines(file)
         if len(lines) != 10 * len(found):

@@ -979,8 +979,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
-            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-            mean.lerp_(p.grad, 0.05)
+            if not self.state[p]:
+                self.state[p]["mean"] = torch.zeros_like(p)
+            mean = self.state[p]["mean"].lerp_(p.grad, 0.05)
             x = p.grad.lerp(mean, 0.95).flatten(1)               # (out, rest), Nesterov's momentum
             out, rest = x.shape
             x = (x.T if out > rest else x) / (x.norm() + 1e-12)  # fewer rows than columns
