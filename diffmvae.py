@@ -1103,6 +1103,8 @@ def train(folder, config, data, stop, resume=False, text_init=None):
                     weighting = "v" if step < config.warmup * total else config.weighting
                     objective = {"mopoe": model.neg_elbo, "mvtcae": model.neg_mvtcae}
                     terms = objective[config.objective](x, weighting)  # dict of (B,)
+                    if not data.toy and step % 2:                # mirrored, masks with pictures
+                        x |= {name: x[name].flip(3) for name in x.keys() & {"image", "mask"}}
                 else:
                     rows = torch.randint(len(mu), (config.aux_batch_size,), device=device)
                     terms = {"total": model.aux.nll(gaussian_sample(mu[rows], logvar[rows]))}
@@ -1525,7 +1527,8 @@ def run(args):
         raise UserError("--text-init needs --preset paper, whose sizes it has")
     text_init = args.text_init or (HUB if data.captions and config.preset == "paper" else ())
     if new:  # what the data decide
-        config = replace(config, image_size=data.size, data=data.fingerprint)
+        patch = {"small": 2 * max(1, data.size // 32)}.get(config.preset, config.patch)
+        config = replace(config, image_size=data.size, patch=patch, data=data.fingerprint)
         if text_init:
             config = pretrained_tokenizers(config, text_init)
         elif data.captions:

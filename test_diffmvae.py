@@ -893,13 +893,17 @@ def test_muon(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes,want", [
     (dict(warmup=0.5, weighting="likelihood"), ["v"] * 3 + ["likelihood"] * 3),
     (dict(warmup=0.0), ["simple"] * 6), (dict(objective="mvtcae", warmup=0.0), [])])
-def test_warmup_and_objective(tmp_path, monkeypatch, changes, want):
-    """The first `warmup` of the steps train the error of v, the rest the chosen lambda(t)."""
-    seen, original = [], D.DiffMVAE.neg_elbo
+def test_warmup_objective_and_mirrors(tmp_path, monkeypatch, changes, want):
+    """The first `warmup` of the steps train the error of v, the rest the chosen lambda(t); every
+    second batch of real pictures is mirrored, with its masks."""
+    seen, original, data = [], D.DiffMVAE.neg_elbo, toy("celeba")
     monkeypatch.setattr(D.DiffMVAE, "neg_elbo", lambda model, x, weighting: seen.append(
-        weighting) or original(model, x, weighting))
-    train(tmp_path, aux_steps=1, **changes)
-    assert seen == want
+        (weighting, x)) or original(model, x, weighting))
+    for data.toy in (True, False):
+        D.train(tmp_path, tiny(aux_steps=1, **changes), data, [])
+    assert [weighting for weighting, _ in seen] == 2 * want
+    for k, ((_, a), (_, b)) in enumerate(zip(seen, seen[6:])):
+        assert all(torch.equal(a[n].flip(3) if k % 2 and n != "attr" else a[n], b[n]) for n in a)
 
 
 def test_auxiliary_model_learns_samples_not_means(tmp_path, monkeypatch):
