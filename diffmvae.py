@@ -123,7 +123,7 @@ class Config:
     dropout: float = 0.1            # in the UNets, BERT and GPT-2
     aux_width: int = 64
     aux_mults: tuple = (1, 2, 4)
-    aux_dims: int = 2               # the latent as a picture, 1x16x16: paper Sec. 4.2; 1: as a row
+    aux_dims: int = 2               # z as a picture, 1x16x16: paper Sec. 4.2; 1: a row; 0: channels
     # Tokens of the text encoder and of the text decoder
     vocab: tuple = (28996, 50260)   # how many: bert-base-cased, GPT-2 with three special ones
     special: tuple = (50257, 50258, 50259)  # the decoder's <PAD>, <BOS>, <EOS>; the encoder pads 0
@@ -180,11 +180,10 @@ CUB = dict(image_size=64, latent=768, aux_dims=1,                # paper Sec. 4.
 SMALL = dict(image_size=32, latent=64, image_channels=(32, 64, 128), image_rates=(2, 2, 2),
              mask_channels=(16, 32, 32), mask_rates=(2, 2, 2), attr_widths=(128, 128),
              unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2, z_map=16,
-             dropout=0.0, aux_width=48, aux_mults=(1, 2), aux_batch_size=128,
-             beta=0.1, warmup=0.4, attr_weight=20.0, text_weight=20.0,  # not in the paper
-             steps=1800, aux_steps=1500, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
-             log_every=20, probe_every=400, save_every=200)
-SMALL_CUB = dict(aux_dims=1, text_width=128, text_layers=2, text_heads=4, text_length=32,
+             dropout=0.0, aux_width=512, aux_mults=(1,), aux_dims=0, beta=0.1, warmup=0.4,
+             attr_weight=20.0, text_weight=20.0, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
+             steps=1800, aux_steps=3000, log_every=20, probe_every=400, save_every=200)
+SMALL_CUB = dict(text_width=128, text_layers=2, text_heads=4, text_length=32,
                  vocab=(2000, 2000), special=(0, 1, 2), steps=2400)
 PRESETS = {"celeba": {"paper": {}, "small": SMALL},
            "cub": {"paper": CUB, "small": {**SMALL, **SMALL_CUB}}}
@@ -547,10 +546,10 @@ class AuxiliaryModel(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        side = c.latent if c.aux_dims == 1 else math.isqrt(c.latent)
-        self.sde, self.shape = VPSDE(), (1, *[side] * c.aux_dims)
-        self.unet = UNet(1, side, c.aux_width, c.aux_mults, c.unet_blocks, (side // 2,), c.dropout,
-                         dims=c.aux_dims)
+        side = round(c.latent ** (1 / c.aux_dims)) if c.aux_dims else 1
+        self.sde, self.shape = VPSDE(), (c.latent // side ** c.aux_dims, *[side] * c.aux_dims)
+        self.unet = UNet(self.shape[0], side, c.aux_width, c.aux_mults, c.unet_blocks, (side // 2,),
+                         c.dropout, dims=c.aux_dims)
         self.register_buffer("mean", torch.zeros(c.latent))
         self.register_buffer("std", torch.ones(c.latent))
 
@@ -559,7 +558,7 @@ class AuxiliaryModel(nn.Module):
 
     def nll(self, z):
         """[Sec. 3.4] the objective of [Eq. 1] on z (B, Z): -> (B,)."""
-        z0 = ((z - self.mean) / self.std).view(-1, *self.shape)  # (B, 1, side[, side])
+        z0 = ((z - self.mean) / self.std).view(-1, *self.shape)  # (B, 1, side[, side]), (B, Z)
         return self.sde.loss(self.eps, z0, "simple")
 
     def sample(self, noise):
@@ -696,20 +695,26 @@ class TextDecoder(nn.Module):
         return ids.masked_fill(ended > 0, self.pad)
 
 
+# By the dimensions of a UNet: convolutions and norms. With none it is an MLP over the channels
+# alone. Norms have 8 groups; more, smaller ones are slower on CPUs.
+LAYERS = [(lambda c_in, c_out, *_, **__: nn.Linear(c_in, c_out), nn.LayerNorm),
+          (nn.Conv1d, partial(nn.GroupNorm, 8)), (nn.Conv2d, partial(nn.GroupNorm, 8))]
+
+
 class UNetBlock(nn.Module):
     """Residual block with time, then z, as scale and shift of its second norm, then self-attention
-    in heads of 32 channels. Norms have 8 groups; more, smaller ones are slower on CPUs."""
+    in heads of 32 channels."""
 
     def __init__(self, c_in, c_out, attend, emb, z_dim, dropout, dims):
         super().__init__()
-        conv = (nn.Conv1d, nn.Conv2d)[dims - 1]
-        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), conv(c_in, c_out, 3, padding=1)
+        (conv, norm), attend = LAYERS[dims], attend and dims
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(emb, 2 * c_out)
         self.z = nn.Linear(z_dim, 2 * c_out) if z_dim else None
-        self.norm2, self.dropout = nn.GroupNorm(8, c_out), nn.Dropout(dropout)
+        self.norm2, self.dropout = norm(c_out), nn.Dropout(dropout)
         self.conv2 = conv(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
-        self.norm3 = nn.GroupNorm(8, c_out) if attend else None
+        self.norm3 = norm(c_out) if attend else None
         self.qkv, self.proj = (conv(c_out, n, 1) if attend else None for n in (3 * c_out, c_out))
 
     def forward(self, h, emb, z):
@@ -759,28 +764,27 @@ class UNetLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of every diffusion model here: (B, C, H, W), or (B, C, length) if dims=1, t (B,),
-    z (B, Z) -> as the first. z, if any, enters every block and, as a map, the input."""
+    """The network of every diffusion model here: x (B, C, H, W), with dims=1 (B, C, length), with 0
+    (B, C); t (B,), z (B, Z) -> as x. z, if any, enters every block and, as a map, the input."""
 
     def __init__(self, channels, size, width, mults, blocks, attention, dropout, patch=1,
                  z_dim=0, z_map=0, dims=2):
         super().__init__()
-        self.patch, side, emb = patch, size // patch, 4 * width
-        conv = (nn.Conv1d, nn.Conv2d)[dims - 1]
+        self.patch, side, emb = patch, size // patch, 256
+        conv, norm = LAYERS[dims]
         freqs = torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2))
         self.register_buffer("freqs", freqs, persistent=False)   # of the sinusoids of 1000 t
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.z_map = nn.Sequential(
+        self.z_map = None if not z_map else nn.Sequential(
             nn.Linear(z_dim, z_map * 64), nn.Unflatten(1, (z_map, 8, 8)),
-            nn.Upsample((side, side), mode="bilinear"),
-            nn.Conv2d(z_map, z_map, 3, padding=1)) if z_map else None
+            nn.Upsample((side, side), mode="bilinear"), nn.Conv2d(z_map, z_map, 3, padding=1))
         self.conv_in = conv(channels * patch ** 2 + z_map, width, 3, padding=1)
         if dims == 1:  # a row of latents, unlike a picture, has a meaning of its own at each place
             self.place = nn.Parameter(torch.zeros(width, size))
         block = partial(UNetBlock, emb=emb, z_dim=z_dim, dropout=dropout, dims=dims)
         widths = [width * mult for mult in mults]
         self.levels = UNetLevel(width, side, widths, blocks, attention, conv, block)
-        self.norm_out = nn.GroupNorm(8, widths[0])
+        self.norm_out = norm(widths[0])
         self.conv_out = conv(widths[0], channels * patch ** 2, 3, padding=1)
         for name, p in self.named_parameters():  # each branch starts as a no-op, the output at 0
             if {"conv2", "proj", "conv_out"} & set(name.split(".")):
@@ -788,7 +792,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, z=None):
         angles = 1000 * t.unsqueeze(1) * self.freqs              # (B, width / 2)
-        emb = self.time(torch.cat([angles.cos(), angles.sin()], 1))  # (B, 4 width)
+        emb = self.time(torch.cat([angles.cos(), angles.sin()], 1))  # (B, 256)
         h = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x  # (B, C p^2, H / p, W / p)
         if self.z_map:
             h = torch.cat([h, self.z_map(z)], 1)                 # (B, C p^2 + c, H / p, W / p)
@@ -1076,17 +1080,16 @@ def train(folder, config, data, stop, resume=False, text_init=None):
                           for m in (model, ema))
         params, pending, start = list(nets.parameters()), [], time.time()
         hidden = [p for p in params
-                  if config.optimizer == "muon" and min(len(p), p[0].numel()) >= 16]
+                  if stage == 1 and config.optimizer == "muon" and min(len(p), p[0].numel()) >= 16]
         others = [p for p in params if all(p is not q for q in hidden)]
         optimizers = [torch.optim.Adam(others, fused=True)] + ([Muon(hidden)] if hidden else [])
         for optimizer, state in zip(optimizers, states):
             optimizer.load_state_dict(state)
         if stage == 2:
-            train_rows, parts = np.array_split(data.split["train"], data.batches(256)), []
             with torch.no_grad(), autocast(device):
-                for caption in range(10 if data.captions else 1):
-                    for rows in train_rows:                      # q(z|x) given all modalities
-                        parts.append(ema.posterior(data.tensors(rows, caption)))
+                parts = [ema.posterior(data.tensors(rows, caption))  # q(z|x) given all modalities
+                         for caption in range(10 if data.captions else 1)
+                         for rows in np.array_split(data.split["train"], data.batches(256))]
             mu, logvar = (torch.cat(part) for part in zip(*parts))  # (N, Z) each
             for aux in (model.aux, ema.aux):  # moments of the samples, in closed form
                 aux.mean.copy_(mu.mean(0))
@@ -1100,11 +1103,11 @@ def train(folder, config, data, stop, resume=False, text_init=None):
             with autocast(device):
                 if stage == 1:
                     x = data.tensors(*data.batch_rows(config.batch_size, config.seed, step))
+                    if not data.toy and step % 2:                # mirrored, masks with pictures
+                        x |= {name: x[name].flip(3) for name in x.keys() & {"image", "mask"}}
                     weighting = "v" if step < config.warmup * total else config.weighting
                     objective = {"mopoe": model.neg_elbo, "mvtcae": model.neg_mvtcae}
                     terms = objective[config.objective](x, weighting)  # dict of (B,)
-                    if not data.toy and step % 2:                # mirrored, masks with pictures
-                        x |= {name: x[name].flip(3) for name in x.keys() & {"image", "mask"}}
                 else:
                     rows = torch.randint(len(mu), (config.aux_batch_size,), device=device)
                     terms = {"total": model.aux.nll(gaussian_sample(mu[rows], logvar[rows]))}

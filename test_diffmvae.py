@@ -45,8 +45,8 @@ def tiny(dataset="celeba", **changes):
     """The smallest model that has every part."""
     sizes = dict(toy=True, image_size=16, latent=16, image_channels=(8, 16, 16), unet_width=16,
                  mask_channels=(8, 8, 16), attr_widths=(32, 32), unet_mults=(1, 2), unet_blocks=1,
-                 unet_attention=(4,), z_map=4, aux_width=16, aux_mults=(1,), batch_size=8, steps=6,
-                 aux_steps=4, log_every=2, probe_every=100, save_every=100)
+                 unet_attention=(4,), z_map=4, aux_width=16, batch_size=8, steps=6, aux_steps=4,
+                 log_every=2, probe_every=100, save_every=100)
     if dataset == "cub":
         sizes.update(text_width=16, text_layers=2, text_heads=2, tokenizers=(bird_tokenizer(),) * 2)
     return D.preset_config(dataset, "small", **{**sizes, **changes})
@@ -516,9 +516,12 @@ def test_loss_at_initialisation(faces):
     within(got, quadrature(error) / (1 - SDE.t_min))
 
 
-def test_auxiliary_loss_is_on_standardised_samples():
+@pytest.mark.parametrize("dims,shape", [(0, (16,)), (1, (1, 16)), (2, (1, 4, 4))])
+def test_auxiliary_loss_is_on_standardised_samples(dims, shape):
     """[Sec. 3.4] z0 = (z - mean) / std enters Eq. 1; sampling undoes the standardisation."""
-    aux, seen = model_of(tiny()).aux, []
+    aux, seen, z_t = randomise(model_of(tiny(aux_dims=dims))).aux, [], torch.randn(1, *shape)
+    slopes = torch.autograd.functional.jacobian(lambda z: aux.eps(z, torch.ones(1)), z_t)
+    assert slopes.shape == 2 * (1, *shape) and (slopes != 0).float().mean() > 0.9  # all by all
     aux.mean.fill_(3.0)
     aux.std.fill_(2.0)
     aux.eps = gaussian_eps(0.0, 1.0)
