@@ -13,7 +13,7 @@ Objective, minimised, summed over dimensions, averaged over the batch [Eq. 5]:
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
     With lambda = g^2, beta = 1, w_i = 1 this is a bound on -log p(x) in nats, but for the two ends
     of time, which bound_8bit adds. "lambda = 1", the default, is weight 1 on the noise error, as in
-    [Eq. 1]. The small preset has Muon, a warm-up of lambda, beta 0.1, some w_i 20: not the paper's.
+    [Eq. 1]. Not the paper's: the small preset's Muon, MLP for z, warm-up, beta 0.1, some w_i 20.
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         Without prepared data (data_prep.py) it draws toys. --help lists all flags.
@@ -118,7 +118,7 @@ class Config:
     unet_mults: tuple = (1, 2, 2, 4, 4)
     unet_blocks: int = 2            # residual blocks a resolution, down and up each
     unet_attention: tuple = (16, 8)  # sides of the feature maps with self-attention
-    patch: int = 1                  # space-to-depth before the UNet; 2 quarters its positions
+    patch: int = 1                  # space-to-depth before the UNet; small preset: 4 from 64 px on
     z_map: int = 32                 # channels of the 8x8 map of z joined to the UNet's input
     dropout: float = 0.1            # in the UNets, BERT and GPT-2
     aux_width: int = 64
@@ -147,7 +147,7 @@ class Config:
     aux_steps: int = flag(100_000, "length of stage 2, the auxiliary model, in steps")
     batch_size: int = flag(64, "samples a step of stage 1", type=within(int, 2))
     aux_batch_size: int = 256
-    optimizer: str = flag("adam", "of hidden weights; paper: adam", choices=("adam", "muon"))
+    optimizer: str = flag("adam", "of stage 1; paper: adam", choices=("adam", "muon"))
     lr: float = flag(1e-4, "peak learning rate of Adam; rises at first, ends along a cosine")
     muon_lr: float = 0.02           # of Muon, likewise
     lr_warmup: int = 1000           # steps of a rising rate
@@ -974,7 +974,7 @@ def autocast(device):
 class Muon(torch.optim.Optimizer):
     """Muon (K. Jordan, 2024): a weight as a matrix (out, rest) moves along its averaged gradient
     with all singular values made about 1, by five Newton-Schulz iterations. PyTorch's own takes
-    only matrices, in bfloat16, which many CPUs lack; in float32 this takes half as long."""
+    only matrices, in bfloat16, which many CPUs lack. On the Gram matrix they take half as long."""
 
     def __init__(self, params):
         super().__init__(params, dict(lr=0.02))
@@ -1103,7 +1103,7 @@ def train(folder, config, data, stop, resume=False, text_init=None):
             with autocast(device):
                 if stage == 1:
                     x = data.tensors(*data.batch_rows(config.batch_size, config.seed, step))
-                    if not data.toy and step % 2:                # mirrored, masks with pictures
+                    if not data.toy and step % 2:                # ours: images, masks mirrored
                         x |= {name: x[name].flip(3) for name in x.keys() & {"image", "mask"}}
                     weighting = "v" if step < config.warmup * total else config.weighting
                     objective = {"mopoe": model.neg_elbo, "mvtcae": model.neg_mvtcae}
@@ -1530,7 +1530,8 @@ def run(args):
         raise UserError("--text-init needs --preset paper, whose sizes it has")
     text_init = args.text_init or (HUB if data.captions and config.preset == "paper" else ())
     if new:  # what the data decide
-        patch = {"small": 2 * max(1, data.size // 32)}.get(config.preset, config.patch)
+        patch = {"small": 4 if data.size >= 64 and data.size % 16 == 0 else 2}.get(
+            config.preset, config.patch)
         config = replace(config, image_size=data.size, patch=patch, data=data.fingerprint)
         if text_init:
             config = pretrained_tokenizers(config, text_init)
