@@ -314,12 +314,11 @@ def caption(bird, rng, everything):
 
 def toy_birds(n, size=32, seed=0):
     """-> {"image" (n, size, size, 3) uint8, "text": n lists of 10 captions}, as toy_faces."""
-    image, text = np.empty((n, size, size, 3), np.uint8), []
+    image, text = np.empty((n, size, size, 3), np.uint8), [[] for _ in range(n)]
     for k in range(n):
         rng = np.random.default_rng((seed, k))
         bird = {name: values[rng.integers(len(values))] for name, values in BIRD_CHOICES.items()}
         image[k] = draw_bird(bird, rng, size)
-        text.append([])
         while len(text[k]) < 10:
             one = caption(bird, rng, everything=len(text[k]) < 8)
             text[k] += [one] * (one not in text[k])
@@ -559,6 +558,8 @@ def read_prepared(folder, dataset):
                 raise ValueError(f"{name}.npy has values up to {a.max()}, not 0 and 1")
         if dataset == "cub":
             arrays["text"] = json.loads((folder / "text.json").read_text())
+            if [*map(len, arrays["text"])] != n * [10]:
+                raise ValueError(f"text.json has not {n} lists of ten captions")
         rows = [meta["split"][name] for name in ("train", "val", "test")]
         if min(map(len, rows)) < 2 or len({*sum(rows, [])} & {*range(n)}) < sum(map(len, rows)):
             raise ValueError(f"a split has under two rows, a row twice, or one not of 0 to {n - 1}")
@@ -592,8 +593,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """The command line: -> exit code."""
-    args = parse_args(argv)
-    return exit_code("data_prep.py", lambda: prepare(**vars(args)))
+    return exit_code("data_prep.py", lambda: prepare(**vars(parse_args(argv))))
 
 
 if __name__ == "__main__":

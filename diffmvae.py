@@ -12,8 +12,8 @@ Objective, minimised, summed over dimensions, averaged over the batch [Eq. 5]:
     A is a uniformly drawn subset of the modalities, q(z|x_A) the product of its experts. The
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
     With lambda = g^2, beta = 1, w_i = 1 this is a bound on -log p(x) in nats, but for the two ends
-    of time, which bound_8bit adds. "lambda = 1", the default, is weight 1 on the noise error, as in
-    [Eq. 1]. Not the paper's: the small preset's Muon, MLP for z, warm-up, beta 0.1, some w_i 20.
+    of time, which bound_8bit adds. "lambda = 1", the default, is 2 sigma^2 here: weight 1 on the
+    noise error [Eq. 1]. Not the paper's: the small preset's Muon, MLP, warm-up, beta 0.1, w_i 20.
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         Without prepared data (data_prep.py) it draws toys. --help lists all flags.
@@ -134,7 +134,7 @@ class Config:
                         choices=("diffusion", "feedforward"))
     objective: str = flag("mopoe", "Eq. 5, or MVTCAE's (with --decoder feedforward --beta 2.5)",
                           choices=("mopoe", "mvtcae"))
-    weighting: str = flag("simple", "lambda(t) of Eq. 5: 1 (Diff-MVAE*) or g(t)^2 (Diff-MVAE)",
+    weighting: str = flag("simple", "lambda(t): 1 on the noise (Diff-MVAE*) or g(t)^2 (Diff-MVAE)",
                           choices=("simple", "likelihood"))
     warmup: float = flag(0.0, "share of stage 1 with weight 1/alpha^2 on the noise error first, "
                          "which is not in the paper", type=within(float, 0, 1))
@@ -162,7 +162,7 @@ class Config:
         return MODALITIES[self.dataset]
 
     def sampling(self, sampler=None, steps=None):
-        """-> sampler, steps of an image: by default as the paper samples this lambda [Sec. 4.1]."""
+        """-> sampler, steps of an image: the paper's for this lambda [Sec. 4.1], but our 100."""
         sampler = sampler or {"simple": "ddim", "likelihood": "euler-maruyama"}[self.weighting]
         return sampler, steps or (100 if sampler == "euler-maruyama" else 50)
 
@@ -478,7 +478,7 @@ class DiffusionDecoder(nn.Module):
                          c.unet_attention, c.dropout, c.patch, c.latent, c.z_map)
 
     def eps(self, x_t, t, z):
-        """eps_theta(x_t, z, t) of Eq. 1, as x_t, from v, which the network predicts (ours)."""
+        """eps_theta(x_t, z, t) [Sec. 3.1], as x_t, from v, which the network predicts (ours)."""
         return self.sde.eps_from_v(self.unet(x_t, t, z).float(), x_t, t)
 
     def nll(self, z, x, weighting):
@@ -502,7 +502,7 @@ class DiffusionDecoder(nn.Module):
         return prior + score + nll_8bit(x, x + sigma / alpha * error, sigma / alpha)  # x_0_hat
 
     def sample(self, z, noise, sampler=None, steps=None, **_):
-        """-> images (n, 3, H, W) in [-1, 1], by default sampled as in the paper."""
+        """-> images (n, 3, H, W) in [-1, 1]; by default as Config.sampling has it."""
         sampler, steps = self.config.sampling(sampler, steps)
         return sample_diffusion(self.sde, lambda x_t, t: self.eps(x_t, t, z), self.shape, sampler,
                                 steps, noise, clamp=True)
@@ -674,7 +674,7 @@ class TextDecoder(nn.Module):
         return DynamicCache([(k, k) for k in keys.unbind(1)])
 
     def logits(self, z, ids, cache):
-        """Tokens (B, T) -> logits of those after them (B, T, V); the cache goes by position."""
+        """Tokens (B, T) -> logits of those after them (B, T, V), whose positions start at 1."""
         embeds = self.gpt.transformer.wte(ids) + self.embed(z).unsqueeze(1)  # (B, T, width)
         return self.gpt(None, cache, inputs_embeds=embeds).logits.float()
 
@@ -1538,8 +1538,8 @@ def run(args):
         elif data.captions:
             config = replace(config, tokenizers=2 * (small_tokenizer(
                 [text for row in data.split["train"] for text in data.captions[row]]),))
-    unit = max(math.prod(config.image_rates), math.prod(config.mask_rates),
-               config.patch * 2 ** (len(config.unet_mults) - 1))
+    unit = max(math.prod(config.image_rates), config.patch * 2 ** (len(config.unet_mults) - 1),
+               math.prod(config.mask_rates) * ("mask" in config.modalities))
     if data.size % unit or data.size != config.image_size:
         raise UserError(f"the data have {data.size} px; the model needs "
                         f"{f'a multiple of {unit}' if new else config.image_size}")
