@@ -13,7 +13,7 @@ Objective, minimised, summed over dimensions, averaged over the batch [Eq. 5]:
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
     With lambda = g^2, beta = 1, w_i = 1 this is a bound on -log p(x) in nats, but for the two ends
     of time, which bound_8bit adds. "lambda = 1", the default, is 2 sigma^2 here: weight 1 on the
-    noise error [Eq. 1]. Not the paper's: the small preset's Muon, MLP, warm-up, beta 0.1, w_i 20.
+    noise error [Eq. 1]. Ours: the small preset's Muon, MLP for z, warm-up, beta 0.1, some w_i 20.
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         Without prepared data (data_prep.py) it draws toys. --help lists all flags.
@@ -674,7 +674,7 @@ class TextDecoder(nn.Module):
         return DynamicCache([(k, k) for k in keys.unbind(1)])
 
     def logits(self, z, ids, cache):
-        """Tokens (B, T) -> logits of those after them (B, T, V), whose positions start at 1."""
+        """Tokens (B, T) -> logits of those after them (B, T, V); positions go on from the cache."""
         embeds = self.gpt.transformer.wte(ids) + self.embed(z).unsqueeze(1)  # (B, T, width)
         return self.gpt(None, cache, inputs_embeds=embeds).logits.float()
 
