@@ -136,8 +136,8 @@ class Config:
                           choices=("mopoe", "mvtcae"))
     weighting: str = flag("simple", "lambda(t): 1 on the noise (Diff-MVAE*) or g(t)^2 (Diff-MVAE)",
                           choices=("simple", "likelihood"))
-    warmup: float = flag(0.0, "share of stage 1 with weight 1/alpha^2 on the noise error first, "
-                         "which is not in the paper", type=within(float, 0, 1))
+    warmup: float = flag(0.0, "share of each stage with weight 1/alpha^2 on the noise error "
+                         "first, which is not in the paper", type=within(float, 0, 1))
     beta: float = flag(1.0, "weight of the KL term; the paper's is unknown")
     attr_weight: float = flag(1.0, "weight of the attribute term")
     text_weight: float = flag(1.0, "weight of the caption term")
@@ -556,10 +556,10 @@ class AuxiliaryModel(nn.Module):
     def eps(self, z_t, t):
         return self.sde.eps_from_v(self.unet(z_t, t).float(), z_t, t)
 
-    def nll(self, z):
-        """[Sec. 3.4] the objective of [Eq. 1] on z (B, Z): -> (B,)."""
+    def nll(self, z, weighting):
+        """[Sec. 3.4] "simple", the objective of [Eq. 1], or "v" on z (B, Z): -> (B,)."""
         z0 = ((z - self.mean) / self.std).view(-1, *self.shape)  # (B, 1, side[, side]), (B, Z)
-        return self.sde.loss(self.eps, z0, "simple")
+        return self.sde.loss(self.eps, z0, weighting)
 
     def sample(self, noise):
         """-> z (n, Z), always by 50 DDIM steps [Sec. 4.1]; how images are drawn is apart."""
@@ -1075,7 +1075,7 @@ def train(folder, config, data, stop, resume=False, text_init=None):
     folder.mkdir(parents=True, exist_ok=True)                    # now, not at the first checkpoint
     print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     for stage in range(first_stage, 3):
-        total = {1: config.steps, 2: config.aux_steps}[stage]
+        total, goal = {1: (config.steps, config.weighting), 2: (config.aux_steps, "simple")}[stage]
         nets, averages = (nn.ModuleList([m.encoders, m.decoders] if stage == 1 else [m.aux])
                           for m in (model, ema))
         params, pending, start = list(nets.parameters()), [], time.time()
@@ -1100,17 +1100,18 @@ def train(folder, config, data, stop, resume=False, text_init=None):
             # Loss of one batch
             numbers = np.random.SeedSequence((config.seed, stage, step)).generate_state(1)
             torch.manual_seed(int(numbers[0]))
+            weighting = "v" if step < config.warmup * total else goal
             with autocast(device):
                 if stage == 1:
                     x = data.tensors(*data.batch_rows(config.batch_size, config.seed, step))
                     if not data.toy and step % 2:                # ours: images, masks mirrored
                         x |= {name: x[name].flip(3) for name in x.keys() & {"image", "mask"}}
-                    weighting = "v" if step < config.warmup * total else config.weighting
                     objective = {"mopoe": model.neg_elbo, "mvtcae": model.neg_mvtcae}
                     terms = objective[config.objective](x, weighting)  # dict of (B,)
                 else:
                     rows = torch.randint(len(mu), (config.aux_batch_size,), device=device)
-                    terms = {"total": model.aux.nll(gaussian_sample(mu[rows], logvar[rows]))}
+                    z = gaussian_sample(mu[rows], logvar[rows])
+                    terms = {"total": model.aux.nll(z, weighting)}
             # One step; the learning rates warm up, then follow a cosine to zero
             nets.zero_grad()
             terms["total"].mean().backward()                     # the one mean over the batch
@@ -1224,7 +1225,7 @@ def draw_grid(path, title, columns, rows, config):
 def sample_pictures(model, data, path, given, num, seed=0, prior="aux", own=None, **options):
     """Generate and draw the grid at `path`. given: names of the first `num` test items or of `own`,
     one that is then sampled `num` times; [] for unconditional sampling. options: of decode."""
-    generator, config, x = torch.Generator().manual_seed(seed), model.config, {}
+    generator, config, x, columns = torch.Generator().manual_seed(seed), model.config, {}, {}
     if own:
         x = {name: a.to(data.device).expand(num, *a.shape[1:]) for name, a in own.items()}
     elif given:
@@ -1235,7 +1236,6 @@ def sample_pictures(model, data, path, given, num, seed=0, prior="aux", own=None
     if "text" in x:
         x["text"] = x["text"][:, 1]                              # (n, L) as the decoder writes
     groups = [config.modalities] if "text" in made else [[name] for name in made]
-    columns = {}
     for kind, values in (("test", x), ("made", made)):
         for group in groups:
             if shown := {name: values[name] for name in group if name in values}:

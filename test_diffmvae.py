@@ -531,7 +531,7 @@ def test_auxiliary_loss_is_on_standardised_samples(dims, shape):
     assert abs(z.mean().item() - 3) < 0.05
     assert z.std().item() == pytest.approx(2 * shrink, rel=0.01)
     aux.sde.loss = lambda eps_net, x0, weighting: seen.append((x0, weighting))
-    aux.nll(z)
+    aux.nll(z, "simple")
     assert seen[0][1] == "simple" and torch.allclose(seen[0][0].flatten(1), (z - 3) / 2)
 
 
@@ -615,7 +615,7 @@ def test_gradients_reach_everything(x, dataset, weighting):
         assert all(p.grad.any() for n, p in model.encoders[name].named_parameters()
                    if not n.endswith("key.bias")), name
     model.neg_elbo(x, weighting)["total"].mean().backward()
-    model.aux.nll(torch.randn(16, 16)).mean().backward()
+    model.aux.nll(torch.randn(16, 16), "simple").mean().backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -910,23 +910,23 @@ def test_warmup_objective_and_mirrors(tmp_path, monkeypatch, changes, want):
 
 def test_auxiliary_model_learns_samples_not_means(tmp_path, monkeypatch):
     """[Sec. 3.4] z ~ N(mu, exp(logvar)), standardised; smiling N(100, e^4), others N(-100, 1)."""
-    seen, data, original = [], toy("celeba"), D.AuxiliaryModel.nll
+    seen, data, nll = {}, toy("celeba"), D.AuxiliaryModel.nll
     smiling = D.ATTRIBUTES.index("Smiling")
     share = data.tensors(data.split["train"])["attr"][:, smiling].mean().item()
     monkeypatch.setattr(D.DiffMVAE, "posterior", lambda model, x: [
         a * x["attr"][:, [smiling]].expand(-1, 16) + b for a, b in ((200, -100), (4, 0))])
-    monkeypatch.setattr(D.AuxiliaryModel, "nll", lambda aux, z: seen.append(z) or original(aux, z))
+    monkeypatch.setattr(D.AuxiliaryModel, "nll", lambda a, z, w: nll(a, seen.setdefault(w, z), w))
     for name in ("coherence", "sample_pictures"):
         monkeypatch.setattr(D, name, lambda *_, **__: {})
-    train(tmp_path, steps=1, aux_steps=1, aux_batch_size=4000)
-    low, high = seen[0][seen[0][:, 0] < 0], seen[0][seen[0][:, 0] > 0]
+    train(tmp_path, steps=1, aux_steps=2, aux_batch_size=4000, warmup=0.5)
+    assert [*seen] == ["v", "simple"]                            # the warm-up, then [Eq. 1]
+    z = seen["v"]
+    low, high = z[z[:, 0] < 0], z[z[:, 0] > 0]
     assert len(high) == pytest.approx(4000 * share, abs=160) and 0.2 < share < 0.8
-    assert low.std().item() == pytest.approx(1, rel=0.02)
-    assert high.std().item() == pytest.approx(math.exp(2), rel=0.02)
+    assert [low.std().item(), high.std().item()] == pytest.approx([1, math.exp(2)], rel=0.02)
     for kind in ("model", "ema"):
         mean, std = (weights(tmp_path)[kind, f"aux.{n}"] for n in ("mean", "std"))
-        assert torch.allclose(mean, seen[0].mean(0), atol=8)
-        assert torch.allclose(std, seen[0].std(0), rtol=0.02)
+        assert torch.allclose(mean, z.mean(0), atol=8) and torch.allclose(std, z.std(0), rtol=0.02)
 
 
 def test_what_is_not_finite_is_named(tmp_path, monkeypatch):
