@@ -918,7 +918,7 @@ def test_auxiliary_model_learns_samples_not_means(tmp_path, monkeypatch):
     monkeypatch.setattr(D.AuxiliaryModel, "nll", lambda a, z, w: nll(a, seen.setdefault(w, z), w))
     for name in ("coherence", "sample_pictures"):
         monkeypatch.setattr(D, name, lambda *_, **__: {})
-    train(tmp_path, steps=1, aux_steps=2, aux_batch_size=4000, warmup=0.5)
+    train(tmp_path, steps=1, aux_steps=2, aux_batch_size=4000, warmup=0.5, weighting="likelihood")
     assert [*seen] == ["v", "simple"]                            # the warm-up, then [Eq. 1]
     z = seen["v"]
     low, high = z[z[:, 0] < 0], z[z[:, 0] > 0]
