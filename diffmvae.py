@@ -1100,7 +1100,7 @@ def train(folder, config, data, stop, resume=False, text_init=None):
             # Loss of one batch
             numbers = np.random.SeedSequence((config.seed, stage, step)).generate_state(1)
             torch.manual_seed(int(numbers[0]))
-            weighting = "v" if step < config.warmup * total else goal
+            weighting = "v" if step < config.warmup * total else goal  # [Eq. 5]; [Sec. 3.4]
             with autocast(device):
                 if stage == 1:
                     x = data.tensors(*data.batch_rows(config.batch_size, config.seed, step))
