@@ -182,9 +182,9 @@ SMALL = dict(image_size=32, latent=64, image_channels=(32, 64, 128), image_rates
              unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2, z_map=16,
              dropout=0.0, aux_width=512, aux_mults=(1,), aux_dims=0, beta=0.1, warmup=0.4,
              attr_weight=20.0, text_weight=20.0, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
-             steps=1800, aux_steps=3000, log_every=20, probe_every=400, save_every=200)
+             steps=1800, aux_steps=6000, log_every=20, probe_every=400, save_every=200)
 SMALL_CUB = dict(text_width=128, text_layers=2, text_heads=4, text_length=32,
-                 vocab=(2000, 2000), special=(0, 1, 2), steps=2400)
+                 vocab=(2000, 2000), special=(0, 1, 2), steps=2400, aux_steps=3000)
 PRESETS = {"celeba": {"paper": {}, "small": SMALL},
            "cub": {"paper": CUB, "small": {**SMALL, **SMALL_CUB}}}
 MODELS = {"Diff-MVAE*": {}, "Diff-MVAE": dict(weighting="likelihood"),  # of the paper's tables
