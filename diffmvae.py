@@ -1280,13 +1280,13 @@ class Judge(nn.Module):
 
 def get_judge(path, data):
     """The judge kept at `path`; if there is none it is trained first, on the training split."""
+    torch.manual_seed(0)  # its weights decide every FD-judge, whatever was drawn before
     judge = Judge(data.size, len(data.vocabulary)).to(data.device)
     if path.exists():
         with user_error(f"{path}: not a judge of this data, or damaged; delete it"):
             judge.load_state_dict(torch.load(path, data.device, weights_only=True))
         return judge.eval()
     steps = max(JUDGE_STEPS, 5 * data.batches(64))               # batches of five passes
-    torch.manual_seed(0)
     adam = torch.optim.Adam(judge.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, steps)
     for step in tqdm(range(steps), "judge"):
