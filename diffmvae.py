@@ -702,8 +702,7 @@ LAYERS = [(lambda c_in, c_out, *_, **__: nn.Linear(c_in, c_out), nn.LayerNorm),
 
 
 class UNetBlock(nn.Module):
-    """Residual block with time, then z, as scale and shift of its second norm, then self-attention
-    in heads of 32 channels."""
+    """Residual block, scaled and shifted by time, then by z; self-attention with heads of 32."""
 
     def __init__(self, c_in, c_out, attend, emb, z_dim, dropout, dims):
         super().__init__()
@@ -1392,17 +1391,19 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
     given = {name: data.bits(name, x[name], config) for name in names[1:]}
     features = {"FD-judge": lambda image: judge.read(image)[0], "FID": inception}
     real = {label: function(x["image"]) for label, function in features.items() if function}
-    subsets = [[*compress(names, subset)] for subset in all_subsets(len(names))[:-1]]
+    subsets = [[*compress(names, subset)] for subset in all_subsets(len(names))]
     sources = {**{" + ".join(subset): (subset, None) for subset in subsets},
                "nothing": ([], "aux"), "N(0, I)": ([], "gaussian")}
     put = lambda figure, value: figures.setdefault(figure, []).append(round(float(value), 4))
+    for label, a in real.items() if len(rows) > 3 else ():       # what is left where all is right
+        put(f"real halves: {label}", frechet_distance(a[::2], a[1::2]))
     for name, seen in judge.read(x["image"])[1].items():
         put(f"Supervised, {name} from image: F1", mean_f1(seen, truth[name]))
         put(f"{name} of another item: F1", mean_f1(given[name].roll(1, 0), truth[name]))
     for draw in range(seed, seed + repeats):
         for source, (observed, prior) in tqdm(sources.items(), f"seed {draw}"):
             generator = torch.Generator().manual_seed(draw)
-            wanted = [n for n in names if n not in observed or observed == ["image"]]
+            wanted = [n for n in names if n not in observed or observed == ["image"]] or ["image"]
             parts = [model.sample_unconditional(len(part["image"]), prior, generator, **options)
                      if prior else model.sample_conditional(
                          {n: part[n] for n in observed}, 1, generator, names=wanted, **options)
@@ -1420,8 +1421,8 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
                         put(f"image + {name} from {source}: agree, F1", mean_f1(seen, bits[name]))
                     elif name in observed:
                         put(f"image from {source}: judged {name}, F1", mean_f1(seen, given[name]))
-            if clip:
-                new = [name for name in wanted if name not in observed]
+            new = [name for name in wanted if name not in observed]
+            if clip and new:
                 image = (made if "image" in new else x)["image"].split(CHUNK)
                 ids = (made["text"] if "text" in new else x["text"][:, 1]).split(CHUNK)
                 put(f"{' + '.join(new)} from {source}: CLIP", torch.cat(
@@ -1566,10 +1567,9 @@ def run(args):
     if args.sample:
         stem = "-".join(["given", *names, *["own"] * bool(own)]) if names else \
             f"uncond-{args.prior}"
-        picture = folder / "samples" / f"{stem}-seed{args.seed}.png"
-        sample_pictures(model, data, picture, names, args.num, args.seed, args.prior, own,
-                        **options)
-        print(picture)
+        grid = folder / "samples" / f"{stem}-seed{args.seed}.png"
+        sample_pictures(model, data, grid, names, args.num, args.seed, args.prior, own, **options)
+        print(grid)
     if args.eval:
         judge = get_judge(folder.parent / f"judge-{args.dataset}-{data.fingerprint:08x}.pt", data)
         num = min(len(data.split["test"]), args.eval_num or (2 ** 31 if inception else 400))

@@ -896,8 +896,7 @@ def test_muon(tmp_path, monkeypatch):
     (dict(warmup=0.5, weighting="likelihood"), ["v"] * 3 + ["likelihood"] * 3),
     (dict(warmup=0.0), ["simple"] * 6), (dict(objective="mvtcae", warmup=0.0), [])])
 def test_warmup_objective_and_mirrors(tmp_path, monkeypatch, changes, want):
-    """The first `warmup` of the steps train the error of v, the rest the chosen lambda(t); every
-    second batch of real pictures is mirrored, with its masks."""
+    """First v's error, then the chosen lambda(t); every second real batch is mirrored."""
     seen, original, data = [], D.DiffMVAE.neg_elbo, toy("celeba")
     monkeypatch.setattr(D.DiffMVAE, "neg_elbo", lambda model, x, weighting: seen.append(
         (weighting, x)) or original(model, x, weighting))
@@ -1290,15 +1289,17 @@ class Perfect:
 def test_evaluation_of_a_perfect_model(dataset, monkeypatch):
     """F1 1 and distance 0 from every source; FID of its own features; CLIP of what belongs."""
     data, config = toy(dataset), tiny(dataset, decoder="feedforward")
-    x, labels = data.tensors(data.split["test"]), data.labels(data.split["test"])
-    perfect = Perfect(config, x, labels)
+    x = data.tensors(data.split["test"])
+    perfect = Perfect(config, x, data.labels(data.split["test"]))
     monkeypatch.setattr(D, "CHUNK", 5)
     figures = D.evaluate(perfect, data, perfect, 12, 1, 0, lambda image: image.flatten(1)[:, :9])
     f1 = {n: v for n, (v,) in figures.items() if "F1" in n and "another" not in n}
-    assert set(f1.values()) == {1.0} and len(f1) == (16 if dataset == "celeba" else 5), f1
+    assert set(f1.values()) == {1.0} and len(f1) == (18 if dataset == "celeba" else 6), f1
     for kind in ("FD-judge", "FID"):
-        distances = [v for n, (v,) in figures.items() if kind in n]
-        assert max(distances) < 1e-3 and len(distances) == (6 if dataset == "celeba" else 4)
+        distances = [v for n, (v,) in figures.items() if kind in n and "from" in n]
+        assert max(distances) < 1e-3 and len(distances) == (7 if dataset == "celeba" else 5)
+    halves = D.frechet_distance(*(x["image"][k::2].flatten(1)[:, :9] for k in (0, 1)))
+    assert figures["real halves: FID"][0] == pytest.approx(halves, abs=1e-4) != 0
     assert 0 < max(v for n, (v,) in figures.items() if "another" in n) < 0.9
 
 
@@ -1314,9 +1315,8 @@ def test_evaluation_is_reproducible(tmp_path, monkeypatch, dataset):
     monkeypatch.setattr(D, "new_file", None)                     # nothing is trained any more
     assert first == ask("1", 2, 0) and {p.name for p in tmp_path.iterdir()} == {"1", "2"}
     assert any(v[0] != v[1] for v in first.values() if len(v) > 1)
-    terms = [a[f"Eq. 5 bound: {n}, nats"][0] for n in (*D.MODALITIES[dataset], "kl")]
-    bits = sum(terms) / (3 * 16 * 16 * math.log(2))
-    assert a["Eq. 5 bound: bits per image value"][0] == pytest.approx(bits, abs=1e-3)
+    bits = sum(a[f"Eq. 5 bound: {n}, nats"][0] for n in (*D.MODALITIES[dataset], "kl")) / 768
+    assert a["Eq. 5 bound: bits per image value"][0] * math.log(2) == pytest.approx(bits, abs=1e-3)
 
 
 def test_inception(tmp_path, monkeypatch):
