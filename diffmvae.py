@@ -184,7 +184,7 @@ SMALL = dict(image_size=32, latent=64, image_channels=(32, 64, 128), image_rates
              attr_weight=20.0, text_weight=20.0, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
              steps=1800, aux_steps=6000, log_every=20, probe_every=400, save_every=200)
 SMALL_CUB = dict(text_width=128, text_layers=2, text_heads=4, text_length=32,
-                 vocab=(2000, 2000), special=(0, 1, 2), steps=2400, aux_steps=3000)
+                 vocab=(2000, 2000), special=(0, 1, 2), steps=2400)
 PRESETS = {"celeba": {"paper": {}, "small": SMALL},
            "cub": {"paper": CUB, "small": {**SMALL, **SMALL_CUB}}}
 MODELS = {"Diff-MVAE*": {}, "Diff-MVAE": dict(weighting="likelihood"),  # of the paper's tables
@@ -1581,12 +1581,12 @@ def run(args):
         paper = paper_row(config)
         with new_file(folder / "eval.json") as file:             # first, as printing can fail
             file.write(json.dumps({**settings, "figures": figures, "paper": paper}).encode())
-        print(f"{folder}: {settings}\n  {'mean +- deviation':>68s}   the paper, on its data")
+        print(f"{folder}: {settings}\n  {'mean +- deviation':>70s}   the paper, on its data")
         for name in {**figures, **paper}:
             values = figures.get(name, ())
             mean = f"{np.mean(values):.3f}" if values else "not run"
             spread = f"+- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            print(f"  {name:44s} {mean:>10s} {spread:12s} {paper.get(name, '')}")
+            print(f"  {name:46s} {mean:>10s} {spread:12s} {paper.get(name, '')}")
     return 0
 
 
