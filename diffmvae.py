@@ -1395,7 +1395,7 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
     sources = {**{" + ".join(subset): (subset, None) for subset in subsets},
                "nothing": ([], "aux"), "N(0, I)": ([], "gaussian")}
     put = lambda figure, value: figures.setdefault(figure, []).append(round(float(value), 4))
-    for label, a in real.items() if len(rows) > 3 else ():       # what is left where all is right
+    for label, a in real.items() if len(rows) > 3 else ():       # to compare the distances with
         put(f"real halves: {label}", frechet_distance(a[::2], a[1::2]))
     for name, seen in judge.read(x["image"])[1].items():
         put(f"Supervised, {name} from image: F1", mean_f1(seen, truth[name]))
