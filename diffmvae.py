@@ -189,7 +189,7 @@ PRESETS = {"celeba": {"paper": {}, "small": SMALL},
            "cub": {"paper": CUB, "small": {**SMALL, **SMALL_CUB}}}
 MODELS = {"Diff-MVAE*": {}, "Diff-MVAE": dict(weighting="likelihood"),  # of the paper's tables
           "MoPoE*": dict(decoder="feedforward"),
-          "MoPoE": dict(decoder="feedforward", prior_expert=True, beta=1.0),
+          "MoPoE": dict(decoder="feedforward", prior_expert=True),
           "MVTCAE": dict(decoder="feedforward", objective="mvtcae", beta=2.5)}
 
 
