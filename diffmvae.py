@@ -278,14 +278,15 @@ class VPSDE:
         t = self.t_min + (1 - self.t_min) * u
         return t, self.alpha(t) ** -2 if weighting == "v" else torch.ones_like(t)
 
-    def loss(self, eps_net, x0, weighting):
+    def loss(self, eps_net, x0, weighting, mean_eps=None):
         """Denoising score matching, one draw of (t, eps) a sample: (B, ...) -> (B,), dims summed.
-        `eps_net(x_t, t)` is eps_theta of Eq. 1. In Eq. 2 the score of p_t(x_t|x_0) is -eps / sigma
-        and s_theta -eps_theta / sigma: the squared error is ||eps - eps_theta||^2 / sigma^2."""
+        `eps_net(x_t, t)` is eps_theta of Eq. 1; `mean_eps(x_t, t)`, E[eps | x_t], if it is known.
+        Scores in Eq. 2 are -eps / sigma and -eps_theta / sigma: ||eps - eps_theta||^2 / sigma^2."""
         t, weight = self.draw_time(len(x0), weighting, x0.device)  # (B,) each
         eps = torch.randn_like(x0)
         x_t = append_dims(self.alpha(t), x0) * x0 + append_dims(self.sigma(t), x0) * eps
-        error = (eps - eps_net(x_t, t)).square().flatten(1).sum(1)  # (B,) [Eq. 1]
+        target = mean_eps(x_t, t) if mean_eps else eps           # as x0
+        error = (target - eps_net(x_t, t)).square().flatten(1).sum(1)  # (B,) [Eq. 1]
         return weight * error                                    # (B,) [Eq. 1] or [Eq. 2]
 
     def eps_from_v(self, v, x_t, t):
@@ -556,10 +557,15 @@ class AuxiliaryModel(nn.Module):
     def eps(self, z_t, t):
         return self.sde.eps_from_v(self.unet(z_t, t).float(), z_t, t)
 
-    def nll(self, z, weighting):
-        """[Sec. 3.4] "simple", the objective of [Eq. 1], or "v" on z (B, Z): -> (B,)."""
-        z0 = ((z - self.mean) / self.std).view(-1, *self.shape)  # (B, 1, side[, side]), (B, Z)
-        return self.sde.loss(self.eps, z0, weighting)
+    def nll(self, mu, logvar, weighting):
+        """[Sec. 3.4] [Eq. 1] ("simple"), or "v", on z ~ N(mu, e^logvar), (B, Z) each: -> (B,). The
+        target is E[eps | z_t, mu, logvar] (ours): gradients keep their mean, with less variance."""
+        mu, std = (a.view(-1, *self.shape) for a in (            # (B, 1, side[, side]), (B, Z)
+            (mu - self.mean) / self.std, torch.exp(0.5 * logvar) / self.std))
+        def mean_eps(z_t, t):
+            alpha, sigma = (append_dims(a(t), mu) for a in (self.sde.alpha, self.sde.sigma))
+            return sigma * (z_t - alpha * mu) / (alpha ** 2 * std ** 2 + sigma ** 2)
+        return self.sde.loss(self.eps, mu + std * torch.randn_like(mu), weighting, mean_eps)
 
     def sample(self, noise):
         """-> z (n, Z), always by 50 DDIM steps [Sec. 4.1]; how images are drawn is apart."""
@@ -571,15 +577,14 @@ class AuxiliaryModel(nn.Module):
 
 def networks(c):
     """-> encoders, decoders: a ModuleDict each, by modality."""
-    n = len(ATTRIBUTES)
     build = {
         "image": lambda: (conv_encoder(3, c.image_channels, c.image_rates, c),
                           DiffusionDecoder(c) if c.decoder == "diffusion" else
                           GaussianDecoder(conv_decoder(3, c.image_channels, c.image_rates, c))),
         "mask": lambda: (conv_encoder(1, c.mask_channels, c.mask_rates, c),
                          BernoulliDecoder(conv_decoder(1, c.mask_channels, c.mask_rates, c))),
-        "attr": lambda: (mlp((n, *c.attr_widths), 2 * c.latent),
-                         BernoulliDecoder(mlp((c.latent, *c.attr_widths[::-1]), n))),
+        "attr": lambda: (mlp((len(ATTRIBUTES), *c.attr_widths), 2 * c.latent),
+                         BernoulliDecoder(mlp((c.latent, *c.attr_widths[::-1]), len(ATTRIBUTES)))),
         "text": lambda: (TextEncoder(c), TextDecoder(c))}
     pairs = [build[name]() for name in c.modalities]
     return [nn.ModuleDict(dict(zip(c.modalities, nets))) for nets in zip(*pairs)]
@@ -981,9 +986,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
-            if not self.state[p]:
-                self.state[p]["mean"] = torch.zeros_like(p)
-            mean = self.state[p]["mean"].lerp_(p.grad, 0.05)
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 0.05)
             x = p.grad.lerp(mean, 0.95).flatten(1)               # (out, rest), Nesterov's momentum
             out, rest = x.shape
             x = (x.T if out > rest else x) / (x.norm() + 1e-12)  # fewer rows than columns
@@ -1109,8 +1112,7 @@ def train(folder, config, data, stop, resume=False, text_init=None):
                     terms = objective[config.objective](x, weighting)  # dict of (B,)
                 else:
                     rows = torch.randint(len(mu), (config.aux_batch_size,), device=device)
-                    z = gaussian_sample(mu[rows], logvar[rows])
-                    terms = {"total": model.aux.nll(z, weighting)}
+                    terms = {"total": model.aux.nll(mu[rows], logvar[rows], weighting)}
             # One step; the learning rates warm up, then follow a cosine to zero
             nets.zero_grad()
             terms["total"].mean().backward()                     # the one mean over the batch
@@ -1368,10 +1370,8 @@ PAPER = {"celeba": {
     "MVTCAE": (0.71, 0.69, 94.0, 84.2, 87.2, 162.2, 0.89, 0.89, 0.79, 0.94)}, "cub": {
     "figures": ("image from text: FID", "image from nothing: FID", "text from image: CLIP",
                 "image from text: CLIP", "image + text from nothing: CLIP"),
-    "Diff-MVAE": (57.4, 70.4, 27.7, 28.8, 28.23),
-    "Diff-MVAE*": (35.5, 37.5, 28.1, 28.52, 28.12),
-    "MoPoE": (290.6, 199.6, 26.8, 22.0, 24.8),
-    "MVTCAE": (176.3, 168.9, 27.1, 26.6, 28.08)}}
+    "Diff-MVAE": (57.4, 70.4, 27.7, 28.8, 28.23), "Diff-MVAE*": (35.5, 37.5, 28.1, 28.52, 28.12),
+    "MoPoE": (290.6, 199.6, 26.8, 22.0, 24.8), "MVTCAE": (176.3, 168.9, 27.1, 26.6, 28.08)}}
 
 
 def paper_row(config):

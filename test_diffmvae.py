@@ -236,7 +236,6 @@ def test_loss_is_the_weighted_integral():
     x0 = 0.5 * torch.ones(200_000, 3)
     got = SDE.loss(lambda x_t, t: 0.3 * x_t, x0, "likelihood")
     # eps - 0.3 x_t = (1 - 0.3 sigma) eps - 0.3 alpha x_0, three dims, summed
-
     def error(t):
         alpha2 = np.exp(-(0.1 * t + 9.95 * t ** 2))
         return 3 * ((1 - 0.3 * np.sqrt(1 - alpha2)) ** 2 + 0.09 * alpha2 * 0.25)
@@ -516,7 +515,7 @@ def test_loss_at_initialisation(faces):
 
 @pytest.mark.parametrize("dims,shape", [(0, (16,)), (1, (1, 16)), (2, (1, 4, 4))])
 def test_auxiliary_loss_is_on_standardised_samples(dims, shape):
-    """[Sec. 3.4] z0 = (z - mean) / std enters Eq. 1; sampling undoes the standardisation."""
+    """[Sec. 3.4] z0 = (z - mean) / std, z ~ N(mu, e^logvar), enters Eq. 1; sampling undoes that."""
     aux, seen, z_t = randomise(model_of(tiny(aux_dims=dims))).aux, [], torch.randn(1, *shape)
     slopes = torch.autograd.functional.jacobian(lambda z: aux.eps(z, torch.ones(1)), z_t)
     assert slopes.shape == 2 * (1, *shape) and (slopes != 0).float().mean() > 0.9  # all by all
@@ -524,15 +523,17 @@ def test_auxiliary_loss_is_on_standardised_samples(dims, shape):
     aux.std.fill_(2.0)
     aux.eps = gaussian_eps(0.0, 1.0)
     z = aux.sample(D.row_noise(4000, seeded()))
-    times = torch.linspace(1, 0, 51, dtype=torch.float64)        # 50 steps of DDIM, whose error
-    angles = torch.asin(SDE.sigma(times))                        # here is known
-    shrink = (angles[:-1] - angles[1:]).cos().prod().item()
-    assert z.shape == (4000, 16) and 0.96 < shrink < 0.99
-    assert abs(z.mean().item() - 3) < 0.05
+    angles = torch.asin(SDE.sigma(torch.linspace(1, 0, 51, dtype=torch.float64)))  # 50 steps
+    shrink = (angles[:-1] - angles[1:]).cos().prod().item()      # of DDIM, whose error is known
+    assert z.shape == (4000, 16) and 0.96 < shrink < 0.99 and abs(z.mean().item() - 3) < 0.05
     assert z.std().item() == pytest.approx(2 * shrink, rel=0.01)
-    aux.sde.loss = lambda eps_net, x0, weighting: seen.append((x0, weighting))
-    aux.nll(z, "simple")
-    assert seen[0][1] == "simple" and torch.allclose(seen[0][0].flatten(1), (z - 3) / 2)
+    mean = torch.randn(4000, *shape)
+    mu, logvar = 3 + 2 * mean.flatten(1), torch.zeros(4000, 16)
+    aux.eps = gaussian_eps(mean, 0.25)                           # exact for each of the z
+    assert aux.nll(mu, logvar, "simple").max() < 1e-6            # the target is E[eps | z_t]
+    aux.sde.loss = lambda eps_net, x0, weighting, _: seen.append((x0 - mean, weighting))
+    aux.nll(mu, logvar, "simple")
+    assert seen[0][1] == "simple" and seen[0][0].std().item() == pytest.approx(0.5, rel=0.02)
 
 
 # === §4 The model's behaviour ===
@@ -615,7 +616,7 @@ def test_gradients_reach_everything(x, dataset, weighting):
         assert all(p.grad.any() for n, p in model.encoders[name].named_parameters()
                    if not n.endswith("key.bias")), name
     model.neg_elbo(x, weighting)["total"].mean().backward()
-    model.aux.nll(torch.randn(16, 16), "simple").mean().backward()
+    model.aux.nll(*torch.randn(2, 16, 16), "simple").mean().backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -914,12 +915,13 @@ def test_auxiliary_model_learns_samples_not_means(tmp_path, monkeypatch):
     share = data.tensors(data.split["train"])["attr"][:, smiling].mean().item()
     monkeypatch.setattr(D.DiffMVAE, "posterior", lambda model, x: [
         a * x["attr"][:, [smiling]].expand(-1, 16) + b for a, b in ((200, -100), (4, 0))])
-    monkeypatch.setattr(D.AuxiliaryModel, "nll", lambda a, z, w: nll(a, seen.setdefault(w, z), w))
+    monkeypatch.setattr(D.AuxiliaryModel, "nll", lambda a, mu, logvar, w: nll(
+        a, *seen.setdefault(w, (mu, logvar)), w))
     for name in ("coherence", "sample_pictures"):
         monkeypatch.setattr(D, name, lambda *_, **__: {})
     train(tmp_path, steps=1, aux_steps=2, aux_batch_size=4000, warmup=0.5, weighting="likelihood")
     assert [*seen] == ["v", "simple"]                            # the warm-up, then [Eq. 1]
-    z = seen["v"]
+    z = D.gaussian_sample(*seen["v"])
     low, high = z[z[:, 0] < 0], z[z[:, 0] > 0]
     assert len(high) == pytest.approx(4000 * share, abs=160) and 0.2 < share < 0.8
     assert [low.std().item(), high.std().item()] == pytest.approx([1, math.exp(2)], rel=0.02)
@@ -957,8 +959,7 @@ def test_gaps_tell_decoders_that_ignore_z():
     """The gap is 0 for a decoder blind to z and what another z costs for one that uses it."""
     data, rows, model = toy("cub"), np.arange(12), model_of(tiny("cub")).eval()
     nn.init.zeros_(model.decoders["text"].memory.weight)         # blind, as is a zero output layer
-    figures = D.coherence(model, data, rows)
-    mu, _ = model.posterior(data.tensors(rows))
+    figures, (mu, _) = D.coherence(model, data, rows), model.posterior(data.tensors(rows))
     assert figures["image gap"] == figures["text gap"] == 0
     model.posterior = lambda x: (mu, torch.full_like(mu, -30.0))  # sharp: z tells the row
     wrong = lambda z: torch.cdist(z, mu).argmin(1) != torch.arange(12)
@@ -975,8 +976,7 @@ def draw_raw(folder, n=12, mapping=True, size=64):
     images, masks = folder / data_prep.IMAGES, folder / data_prep.MASKS / ("0" if mapping else "")
     images.mkdir(parents=True)
     masks.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    names = ["Other", *data_prep.ATTRIBUTES]
+    rng, names = np.random.default_rng(0), ["Other", *data_prep.ATTRIBUTES]
     values = rng.choice([-1, 1] if mapping else [0, 1], (n, len(names)))
     for k in range(n):
         picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8))
