@@ -1389,7 +1389,8 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
     names, x, truth = config.modalities, data.tensors(rows), data.labels(rows)
     chunks = [{name: a[k:k + CHUNK] for name, a in x.items()} for k in range(0, len(rows), CHUNK)]
     given = {name: data.bits(name, x[name], config) for name in names[1:]}
-    features = {"FD-judge": lambda image: judge.read(image)[0], "FID": inception}
+    features = {"FD-judge": lambda image: judge.read(image)[0], "FID": inception,
+                "FD-8x8": lambda image: F.adaptive_avg_pool2d(image, 8).flatten(1)}  # (N, 192)
     real = {label: function(x["image"]) for label, function in features.items() if function}
     subsets = [[*compress(names, subset)] for subset in all_subsets(len(names))]
     sources = {**{" + ".join(subset): (subset, None) for subset in subsets},
@@ -1421,8 +1422,7 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
                         put(f"image + {name} from {source}: agree, F1", mean_f1(seen, bits[name]))
                     elif name in observed:
                         put(f"image from {source}: judged {name}, F1", mean_f1(seen, given[name]))
-            new = [name for name in wanted if name not in observed]
-            if clip and new:
+            if clip and (new := [name for name in wanted if name not in observed]):
                 image = (made if "image" in new else x)["image"].split(CHUNK)
                 ids = (made["text"] if "text" in new else x["text"][:, 1]).split(CHUNK)
                 put(f"{' + '.join(new)} from {source}: CLIP", torch.cat(
