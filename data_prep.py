@@ -51,7 +51,7 @@ def user_error(message):
 def exit_code(name, work, *errors):
     """work() -> its result or 0, or 2 after one line on stderr for what a user can mend."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # what cannot be printed ends no run
-        stream.reconfigure(errors="backslashreplace")
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # a notebook's has none
     try:
         return work() or 0
     except (UserError, OSError, MemoryError, KeyboardInterrupt, *errors) as error:
@@ -458,10 +458,12 @@ def read_cub(raw, size):
     """Raw CUB -> {bird: split}, and a function of a bird -> image, captions. Either `images` beside
     `text_c10`, one text a picture, or as the MMVAE code has it: folders train and test, each with a
     text of ten lines for every picture, sorted by class, then file."""
-    find = lambda name: [*raw.glob(name), *raw.glob(f"*/{name}"), None][0]
-    images, texts, whole = map(find, ("images", "text_c10", "text_trainvalclasses.txt"))
-    test, val = (path and {*read_lines(path)} for path in map(find, (
-        "testclasses.txt", "valclasses.txt")))                   # names of classes
+    find = lambda name: [*raw.glob(name), *sorted(raw.glob(f"*/{name}")), None]
+    texts, whole, test = (find(name)[0] for name in (
+        "text_c10", "text_trainvalclasses.txt", "testclasses.txt"))
+    images = next(path for path in find("images")                # Reed's own holds features
+                  if path is None or named_files(path, *SUFFIXES))
+    test = test and {*read_lines(test)}                          # names of classes
     paths, captions = {}, {}
     if images and texts:
         paths, captions = named_files(images, *SUFFIXES), named_files(texts, ".txt")
@@ -482,9 +484,7 @@ def read_cub(raw, size):
         print("no testclasses.txt: the last tenths are test and validation, not the official split")
         split = carve(classes, 10, "val", "test")
     else:
-        rest = [name for name in classes if name not in test]
-        split = carve(rest, 20, "val") if val is None else {
-            name: "val" if name in val else "train" for name in rest}
+        split = carve([name for name in classes if name not in test], 20, "val")
 
     def read(name):
         lines = captions.get(name, [])

@@ -1116,7 +1116,7 @@ def train(folder, config, data, stop, resume=False, text_init=None):
             # One step; the learning rates warm up, then follow a cosine to zero
             nets.zero_grad()
             terms["total"].mean().backward()                     # the one mean over the batch
-            norm = nn.utils.clip_grad_norm_(params, 1.0)         # always, as it is in the hundreds
+            norm = nn.utils.clip_grad_norm_(params, 1.0)         # always: in stage 1 it is hundreds
             rate = min(1, (step + 1) / config.lr_warmup) * math.cos(math.pi / 2 * step / total) ** 2
             for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
                 optimizer.param_groups[0]["lr"] = peak * rate
@@ -1460,7 +1460,7 @@ def parse_args(argv=None):
         help="for --sample uncond: z from the auxiliary model (default) or from N(0, I)")
     add("--num", type=within(int, 1, 1000), default=8, help="rows of the picture (default: 8)")
     add("--sampler", choices=list(SAMPLERS),
-        help="of images (default: ddim, with --weighting likelihood euler-maruyama)")
+        help="of diffusion's images (default: ddim, for lambda = g(t)^2 euler-maruyama)")
     add("--sampler-steps", type=count, help="of that sampler (default: 50, of euler-maruyama 100)")
     add("--eval-num", type=within(int, 2), help="test items (default: 400, with --inception all)")
     add("--eval-repeats", type=count, default=3, help="draws, with seeds from --seed (default: 3)")
@@ -1482,13 +1482,13 @@ def parse_args(argv=None):
     for wrong, message in (
             (not (args.train or args.sample or args.eval), "give --train, --sample or --eval"),
             ((args.sample == "cond") != bool(args.given), "--sample cond goes with --given"),
+            (args.prior != "aux" and args.sample != "uncond", "--prior needs --sample uncond"),
             ((args.resume or args.text_init or training) and not args.train,
              "flags of training need --train; a trained model keeps its own"),
             ((args.clip or args.text_init) and args.dataset != "cub", "only cub has captions"),
             (c.get("decoder") == "feedforward" and c.get("weighting") == "likelihood",
              "--weighting likelihood is of the diffusion decoder, not feedforward"),
-            (c.get("objective") == "mvtcae" and "prior_expert" in c,
-             "--objective mvtcae has no --prior-expert"),
+            (c.get("objective") == "mvtcae" and "prior_expert" in c, "mvtcae has no prior-expert"),
             ((args.clip or args.inception) and not args.eval, "--clip, --inception need --eval")):
         if wrong:
             parser.error(message)

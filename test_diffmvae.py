@@ -1160,6 +1160,7 @@ def draw_birds(raw, mmvae=False, size=(40, 30)):
     """A raw CUB folder in one of the two layouts: -> {"<class>/<name>": path of its picture}."""
     rng, paths = np.random.default_rng(0), {}
     images, text = raw / "CUB_200_2011" / "images", raw / "text_c10"
+    (raw / "CUB" / "images").mkdir(parents=True)                 # of Reed's archive, no pictures
     for kind, count in BIRDS.items():
         if mmvae:
             images = raw / "cub" / ("test" if kind == J else "train")
@@ -1190,15 +1191,14 @@ def prepared_birds(raw, out):
 
 @pytest.mark.parametrize("mmvae,size,files,want", [
     (False, (40, 30), {}, [{A, J}, {T}, {W}]), (True, (500, 333), {}, [{A, T}, {W}, {J}]),
-    (False, (40, 30), {"text_c10/test": [J], "text_c10/val": [W, A]}, [{T}, {A, W}, {J}]),
+    (False, (40, 30), {"text_c10/test": [J], "text_c10/val": [T, A]}, [{A, T}, {W}, {J}]),
     (False, (40, 30), {"CUB_200_2011/test": [A, "099.Owl"]}, [{J, T}, {W}, {A}])])
 def test_prepare_cub(tmp_path, capsys, mmvae, size, files, want):
     """[Sec. 4.1] rows have their picture and captions; files of class names decide the split."""
     paths, limit = draw_birds(tmp_path / "raw", mmvae, size), 2 if size[0] > 99 else 1e-9
     for name, kinds in files.items():
         (tmp_path / "raw" / f"{name}classes.txt").write_text("\n".join(kinds))
-    arrays, names, split = prepared_birds(tmp_path / ("raw/cub" if mmvae else "raw"),
-                                          tmp_path / "out")
+    arrays, names, split = prepared_birds(tmp_path / "raw" / ("cub" * mmvae), tmp_path / "out")
     assert split == want and sorted(names) == sorted(paths)
     assert ("not the official" in capsys.readouterr().out) == (not mmvae and not files)
     assert arrays["text"] == [*map(captions_of, names)]
@@ -1572,9 +1572,9 @@ BAD_INPUT = {"celeba": [
         (NEW + "--resume", "no checkpoint yet"), (UNCOND + "--beta 1", "need --train"),
         (NEW + "--data nowhere", "not a complete data set"), (NEW + "--lr nan", "not between"),
         (NEW + "--decoder feedforward --weighting likelihood", "of the diffusion decoder"),
-        (NEW + "--objective mvtcae --prior-expert", "has no --prior-expert"),
+        (NEW + "--objective mvtcae --prior-expert", "has no prior-expert"),
         ("--eval --inception no.pth", "not pytorch-fid's weights"),
-        ("--train --resume --lr 0.5", "was trained with lr 0.002"),
+        ("--train --resume --lr 1", "with lr 0.002"), ("--eval --prior gaussian", "--prior needs"),
         (UNCOND + "--run runs/celeba-toy --data prepared", "was trained with toy True"),
         (NEW + "--data prepared", "16 px; the model needs a multiple of 32"),
         (UNCOND, "not a checkpoint of this version", cut(50_000, "runs/*/checkpoint.pt")),
