@@ -1564,7 +1564,8 @@ def change_checkpoint(**changes):
 UNCOND, NEW, COND = "--sample uncond ", "--train --run new ", "--sample cond --given "
 FROM = NEW + "--preset small --data prepared"
 BAD_INPUT = {"celeba": [
-        ("", "give --train"), ("--sample cond", "goes with"), (NEW + "--warmup 2", "not betw"),
+        ("", "give --train"), ("--train --resume --lr 0.5", "was trained with lr 0.002"),
+        (NEW + "--warmup 2", "not betw"), ("--eval --prior gaussian", "--prior needs"),
         (COND + "sound", "choose from image, mask, a"), (COND + "mask attr=Bald", "all your own"),
         (COND + "attr=Freckles", "no attribute Freckles"), ("--eval --clip x", "only cub has "),
         (COND + "mask=no.png", "no.png: cannot be read as a mask"),
@@ -1573,8 +1574,7 @@ BAD_INPUT = {"celeba": [
         (NEW + "--data nowhere", "not a complete data set"), (NEW + "--lr nan", "not between"),
         (NEW + "--decoder feedforward --weighting likelihood", "of the diffusion decoder"),
         (NEW + "--objective mvtcae --prior-expert", "has no prior-expert"),
-        ("--eval --inception no.pth", "not pytorch-fid's weights"),
-        ("--train --resume --lr 1", "with lr 0.002"), ("--eval --prior gaussian", "--prior needs"),
+        ("--eval --inception no.pth", "not pytorch-fid's weights"), ("--sample cond", "goes with"),
         (UNCOND + "--run runs/celeba-toy --data prepared", "was trained with toy True"),
         (NEW + "--data prepared", "16 px; the model needs a multiple of 32"),
         (UNCOND, "not a checkpoint of this version", cut(50_000, "runs/*/checkpoint.pt")),
