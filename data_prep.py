@@ -291,22 +291,21 @@ def draw_bird(bird, rng, size=32):
 
 
 def caption(bird, rng, everything):
-    """One sentence about a bird, or without `everything` about some parts, always in one order:
-    small networks do not learn within minutes whose colour is whose if it is free."""
+    """One sentence about a bird: all parts, in one order, or one to three of them, in any."""
     pick = lambda *texts: texts[rng.integers(len(texts))]
-    parts = [pick("a {belly} belly", "a {belly} breast"),
+    opening = pick("a {size} {bird} bird with ", "this {size} {bird} bird has ",
+                   "the bird is {size} and {bird} with ", "a {size} bird with ",
+                   "this {size} bird has ")
+    parts = [*["a {bird} body"] * ("{bird}" not in opening),
+             pick("a {belly} belly", "a {belly} breast"),
              pick("{wings} wings", "{wings} wings", "wings that are {wings}"), "a {head} head",
              *[pick("a pointed crown", "a pointed crest")] * bool(bird["crown"]),
              "a {shape} {beak} " + pick("beak", "bill")]
     if not everything:
-        parts[-1] = pick(parts[-1], parts[-1].replace("{shape} ", ""),
-                         parts[-1].replace("{beak} ", ""))
-        start = rng.integers(len(parts))
-        parts = (parts[start:] + parts[:start])[:rng.integers(1, 3)]
-    opening = pick("a {size} {bird} bird with ", "this {size} {bird} bird has ",
-                   "the bird is {size} and {bird} with ", "a {size} bird with ",
-                   "this {size} bird has ")
-    *most, last = ["a {bird} body"] * ("{bird}" not in opening) + parts
+        parts[-1] = pick(parts[-1].replace("{shape} ", ""), parts[-1].replace("{beak} ", ""))
+        rng.shuffle(parts)
+        parts = parts[:rng.integers(1, 4)]
+    *most, last = parts
     listed = ", ".join(most) + " and " * bool(most) + last
     size = {"small": pick("small", "small", "tiny"), "large": pick("large", "large", "big")}
     return (opening + listed + ".").format(**{**bird, "size": size[bird["size"]]})
@@ -320,7 +319,7 @@ def toy_birds(n, size=32, seed=0):
         bird = {name: values[rng.integers(len(values))] for name, values in BIRD_CHOICES.items()}
         image[k] = draw_bird(bird, rng, size)
         while len(text[k]) < 10:
-            one = caption(bird, rng, everything=len(text[k]) < 8)
+            one = caption(bird, rng, everything=len(text[k]) < 7)
             text[k] += [one] * (one not in text[k])
     return {"image": image, "text": text}
 

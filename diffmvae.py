@@ -11,9 +11,9 @@ Objective, minimised, summed over dimensions, averaged over the batch [Eq. 5]:
 
     A is a uniformly drawn subset of the modalities, q(z|x_A) the product of its experts. The
     paper prints the score term with "+" inside a lower bound of log p(x); it belongs with "-".
-    With lambda = g^2, beta = 1, w_i = 1 this is a bound on -log p(x) in nats, but for the two ends
-    of time, which bound_8bit adds. "lambda = 1", the default, is 2 sigma^2 here: weight 1 on the
-    noise error [Eq. 1]. Ours: the small preset's Muon, MLP for z, warm-up, beta 0.1, some w_i 20.
+    With lambda = g^2, beta = 1, w_i = 1 it bounds -log p(x) in nats, but for the two ends of time,
+    which bound_8bit adds. "lambda = 1", the default, is 2 sigma^2 here: weight 1 on the noise error
+    [Eq. 1]. The small preset's Muon, MLP, convolution of words, warm-up, beta, w_i of 20 are ours.
 
 Use     python diffmvae.py --dataset celeba --train --sample cond --given mask
         Without prepared data (data_prep.py) it draws toys. --help lists all flags.
@@ -76,8 +76,7 @@ from data_prep import ATTRIBUTES, UserError, user_error
 MODALITIES = {"celeba": ("image", "mask", "attr"), "cub": ("image", "text")}
 TOYS = {"celeba": data_prep.toy_faces, "cub": data_prep.toy_birds}
 TOY_COUNTS = {"train": 10_000, "val": 500, "test": 1000}
-JUDGE_STEPS = 800                           # at least, to train the judge of --eval
-CHUNK = 50                                  # items at a time in --eval
+JUDGE_STEPS, CHUNK = 800, 50                # --eval: of its judge at least; items at a time
 HUB = "bert-base-cased", "gpt2"             # what Optimus itself started from
 
 
@@ -114,6 +113,7 @@ class Config:
     text_layers: int = 12
     text_heads: int = 12
     text_length: int = 64           # tokens a caption, the special ones included
+    text_mix: int = 0               # words that a convolution before BERT joins; 0: none
     unet_width: int = 64
     unet_mults: tuple = (1, 2, 2, 4, 4)
     unet_blocks: int = 2            # residual blocks a resolution, down and up each
@@ -124,8 +124,7 @@ class Config:
     aux_width: int = 64
     aux_mults: tuple = (1, 2, 4)
     aux_dims: int = 2               # z as a picture, 1x16x16: paper Sec. 4.2; 1: a row; 0: channels
-    # Tokens of the text encoder and of the text decoder
-    vocab: tuple = (28996, 50260)   # how many: bert-base-cased, GPT-2 with three special ones
+    vocab: tuple = (28996, 50260)   # tokens: bert-base-cased, GPT-2 with three special ones
     special: tuple = (50257, 50258, 50259)  # the decoder's <PAD>, <BOS>, <EOS>; the encoder pads 0
     tokenizers: tuple = ()          # as JSON, set when a training starts
     data: int = 0                   # Data.fingerprint of what is trained with
@@ -183,7 +182,7 @@ SMALL = dict(image_size=32, latent=64, image_channels=(32, 64, 128), image_rates
              dropout=0.0, aux_width=512, aux_mults=(1,), aux_dims=0, beta=0.1, warmup=0.4,
              attr_weight=20.0, text_weight=20.0, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
              steps=1800, aux_steps=6000, log_every=20, probe_every=400, save_every=200)
-SMALL_CUB = dict(text_width=128, text_layers=2, text_heads=4, text_length=32,
+SMALL_CUB = dict(text_width=128, text_layers=2, text_heads=4, text_length=32, text_mix=3,
                  vocab=(2000, 2000), special=(0, 1, 2), steps=2400)
 PRESETS = {"celeba": {"paper": {}, "small": SMALL},
            "cub": {"paper": CUB, "small": {**SMALL, **SMALL_CUB}}}
@@ -422,7 +421,6 @@ class DiffMVAE(nn.Module):
 
     def neg_mvtcae(self, x, weighting):
         """The objective of MVTCAE, a baseline (paper [11]), minimised: as neg_elbo.
-
         (M - a)/M sum_i -log p(x_i|z) + beta (a/M sum_i KL(q || q_i) + (1 - a) KL(q || N(0, I))),
         where q is the product of all M experts q_i, from which z is drawn, and a = 0.9 as in
         SBM-VAE's code, paper [42]; MVTCAE's own, [11], has 5/6."""
@@ -515,8 +513,7 @@ class GaussianDecoder(nn.Sequential):
     def nll(self, z, x, weighting=None):  # (B, Z), (B, 3, H, W) -> (B,) nats
         return ((x - self(z).float()).square() + 0.5 * math.log(math.pi)).flatten(1).sum(1)
 
-    def sample(self, z, noise=None, **_):
-        """The mean (n, 3, H, W), which needs neither noise nor options."""
+    def sample(self, z, noise=None, **_):  # the mean (n, 3, H, W), which needs no noise
         return self(z).float().clamp(-1, 1)
 
 
@@ -527,8 +524,7 @@ class BernoulliDecoder(nn.Sequential):
         error = F.binary_cross_entropy_with_logits(self(z).float(), x, reduction="none")
         return error.flatten(1).sum(1)                           # (B,)
 
-    def sample(self, z, noise=None, **_):
-        """The more probable value of each variable, as the paper's F1 needs it: as x."""
+    def sample(self, z, noise=None, **_):  # the more probable values, as the paper's F1 needs
         return (self(z) > 0).float()
 
 
@@ -636,7 +632,8 @@ def mlp(widths, n_out):
 
 class TextEncoder(nn.Module):
     """Captions (B, 2, L) -> (B, 2 Z): BERT, its pooled first token, a linear layer, as in Optimus
-    (paper Sec. 4.1). Narrow BERTs start with larger weights: 0.02 is for a width of 768."""
+    (paper Sec. 4.1). Narrow BERTs start with larger weights: 0.02 is for a width of 768. Ours, in
+    the small preset: words see their neighbours first; BERT alone learns whose a colour is late."""
 
     def __init__(self, c):
         super().__init__()
@@ -646,11 +643,15 @@ class TextEncoder(nn.Module):
             num_attention_heads=c.text_heads, intermediate_size=4 * c.text_width,
             hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout,
             initializer_range=0.02 * math.sqrt(768 / c.text_width)))
+        self.mix = nn.Conv1d(c.text_width, c.text_width, c.text_mix, padding="same", bias=False) \
+            if c.text_mix else None
         self.head = nn.Linear(c.text_width, 2 * c.latent, bias=False)
 
     def forward(self, text):
         ids = text[:, 0]                                         # (B, L)
-        return self.head(self.bert(ids, attention_mask=(ids != 0).long()).pooler_output)
+        words = self.bert.embeddings.word_embeddings(ids)        # (B, L, width), 0 for padding
+        words = words + self.mix(words.mT).mT if self.mix else words  # (B, L, width)
+        return self.head(self.bert(None, (ids != 0).long(), inputs_embeds=words).pooler_output)
 
 
 class TextDecoder(nn.Module):
@@ -848,9 +849,8 @@ class Data:
 
     def bits(self, name, value, config):
         """{0, 1} features for F1: what captions, (n, 2, L) or (n, L), state; the rest as it is."""
-        if name != "text":
-            return value
-        return self.stated(captions_of(value[:, 1] if value.dim() == 3 else value, config))
+        return value if name != "text" else self.stated(
+            captions_of(value[:, 1] if value.dim() == 3 else value, config))
 
     def labels(self, rows):
         """What is to be read off pictures: mask, attributes, or all that their captions state."""
