@@ -783,17 +783,17 @@ def test_caption_nll_counts_the_caption_and_its_end_only():
     """[Eq. 4] a sum over tokens without padding, in nats, weighted in [Eq. 5]; how words meet."""
     model = randomise(model_of(tiny("cub", text_weight=7.0, beta=0.3)))
     x, decoder = toy("cub", 16).tensors(np.arange(16)), model.decoders["text"]
-    text, z = x["text"], torch.randn(16, 16)
+    text, z, encoder = x["text"], torch.randn(16, 16), model.encoders["text"]
     length = (text[:, 1] != 0).sum(1)                            # with <BOS> and <EOS>
     alone = [decoder.nll(z[k:k + 1], text[k:k + 1, :, :length[k]]) for k in range(16)]
     assert torch.allclose(decoder.nll(z, text), torch.cat(alone), rtol=1e-4)
-    encoder, ids = model.encoders["text"], text[:1, 0, :length[0]]
     table, mix = encoder.bert.embeddings.word_embeddings, encoder.mix.weight
     table.weight.data[0] = 0                                     # of padding, as at first
-    wide = nn.functional.pad(table(ids), (0, 0, 1, 1))           # (1, T + 2, width), three a word
-    words = table(ids) + sum(wide[:, k:k + ids.shape[1]] @ mix[..., k].T for k in range(3))
-    want = encoder.head(encoder.bert(inputs_embeds=words).pooler_output)
-    assert torch.allclose(encoder(text)[:1], want, atol=1e-5)
+    for got, ids in zip(encoder(text), (text[k:k + 1, 0, :n] for k, n in enumerate(length))):
+        wide = nn.functional.pad(table(ids), (0, 0, 1, 1))       # (1, T + 2, width), three a word
+        words = table(ids) + sum(wide[:, k:k + ids.shape[1]] @ mix[..., k].T for k in range(3))
+        want = encoder.head(encoder.bert(inputs_embeds=words).pooler_output)
+        assert torch.allclose(got, want[0], atol=1e-5)
     assert not torch.autograd.grad(encoder(text).sum(), table.weight)[0][0].any()  # it stays 0
     terms = model.neg_elbo(x, "simple")
     assert list(terms) == ["image", "text", "kl", "total"]
