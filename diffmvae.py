@@ -1253,8 +1253,7 @@ def sample_pictures(model, data, path, given, num, seed=0, prior="aux", own=None
 def mean_f1(pred, target):
     """Sample-average F1 of (B, ...) in {0, 1}: 2 TP / (predicted + true) of an item, 0 of none."""
     pred, target = pred.flatten(1) > 0.5, target.flatten(1) > 0.5
-    both = (pred & target).sum(1)                                # (B,)
-    return (2 * both / (pred.sum(1) + target.sum(1)).clamp(min=1)).mean().item()
+    return (2 * (pred & target).sum(1) / (pred.sum(1) + target.sum(1)).clamp(min=1)).mean().item()
 
 
 class Judge(nn.Module):
@@ -1320,7 +1319,7 @@ def load_inception(path, device):
     """FID's network, pt_inception-2015-12-05-6726825d.pth of pytorch-fid: -> function of images ->
     (B, 2048). Inception v3, but means leave out the padding and the last block takes maxima."""
     from torchvision.models import Inception3  # here, as importing it takes seconds
-    net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    net = Inception3(num_classes=1008, aux_logits=False, init_weights=False).to(device).eval()
     with user_error(f"--inception {path}: not pytorch-fid's weights of Inception v3, or damaged"):
         net.load_state_dict(torch.load(path, "cpu", weights_only=True))
     net.fc, inputs = nn.Identity(), []
@@ -1330,7 +1329,6 @@ def load_inception(path, device):
     net.Mixed_7c.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     net.Mixed_7c.branch_pool.register_forward_pre_hook(
         lambda _, args: F.max_pool2d(inputs.pop(), 3, 1, 1))
-    net = net.to(device).eval()
 
     def features(image):
         with torch.autocast(device.type, enabled=False):
@@ -1395,6 +1393,7 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
     subsets = [[*compress(names, subset)] for subset in all_subsets(len(names))]
     sources = {**{" + ".join(subset): (subset, None) for subset in subsets},
                "nothing": ([], "aux"), "N(0, I)": ([], "gaussian")}
+    share = lambda seen, told: (seen * told).sum() / told.sum().clamp(min=1)  # of facts told
     put = lambda figure, value: figures.setdefault(figure, []).append(round(float(value), 4))
     for label, a in real.items() if len(rows) > 3 else ():       # to compare the distances with
         put(f"real halves: {label}", frechet_distance(a[::2], a[1::2]))
@@ -1418,10 +1417,11 @@ def evaluate(model, data, judge, num, repeats, seed, inception=None, clip=None, 
                     put(f"image from {source}: {label}", frechet_distance(
                         features[label](made["image"]), real[label]))
                 for name, seen in judge.read(made["image"])[1].items():
+                    score, unit = (share, "share") if name == "text" else (mean_f1, "F1")
                     if prior:
-                        put(f"image + {name} from {source}: agree, F1", mean_f1(seen, bits[name]))
+                        put(f"image + {name} from {source}: agree, {unit}", score(seen, bits[name]))
                     elif name in observed:
-                        put(f"image from {source}: judged {name}, F1", mean_f1(seen, given[name]))
+                        put(f"image from {source}: judged {name}, {unit}", score(seen, given[name]))
             if clip and (new := [name for name in wanted if name not in observed]):
                 image = (made if "image" in new else x)["image"].split(CHUNK)
                 ids = (made["text"] if "text" in new else x["text"][:, 1]).split(CHUNK)
