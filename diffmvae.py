@@ -848,7 +848,7 @@ class Data:
                              for words in map(find, captions)], device=self.device)
 
     def bits(self, name, value, config):
-        """{0, 1} features for F1: what captions, (n, 2, L) or (n, L), state; the rest as it is."""
+        """{0, 1} features to score: what captions (n, 2, L) or (n, L) state; the rest as it is."""
         return value if name != "text" else self.stated(
             captions_of(value[:, 1] if value.dim() == 3 else value, config))
 
