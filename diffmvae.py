@@ -100,7 +100,7 @@ class Config:
     "paper Sec." is stated there, "after" is from the code of others, the rest is ours."""
     dataset: str = "celeba"
     toy: bool = False               # drawn by data_prep.py
-    preset: str = flag("paper", "sizes and length (default: small for toys)",
+    preset: str = flag("paper", "sizes, and the defaults of all flags below (toys: small)",
                        choices=("paper", "small"))
     image_size: int = 128           # paper Sec. 4.2; the prepared data decide
     latent: int = 256               # paper Sec. 4.2: Z
@@ -1136,7 +1136,7 @@ def train(folder, config, data, stop, resume=False, text_init=None):
                 if len(bad := (~values.isfinite()).nonzero()):
                     raise UserError(f"stage {stage}, step {done - len(pending) + bad[0, 0] + 1}: "
                                     f"{names[bad[0, 1]]} is not finite and not saved; a "
-                                    "smaller --lr may help")
+                                    "smaller --lr, or Adam, may help")
                 means = {name: round(v, 3) for name, v in zip(names, values.mean(0).tolist())}
                 log.append({"stage": stage, "step": done, **means,
                             "seconds": round(time.time() - start, 1)})
@@ -1187,7 +1187,7 @@ def read_own(name, value, config):
             raise UserError(f"--given attr: no attribute {', '.join(sorted(unknown))}; the model "
                             f"knows {', '.join(ATTRIBUTES)}")
         return torch.tensor([[float(word in chosen) for word in ATTRIBUTES]])
-    path, size = Path(value).expanduser(), config.image_size
+    path, size = Path(os.path.expanduser(value)), config.image_size
     pixels = data_prep.read_picture(path, size) if name == "image" else \
         data_prep.read_mask([path], size)
     return to_tensors({name: pixels[None].copy()}, "cpu")[name]

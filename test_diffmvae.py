@@ -1568,7 +1568,7 @@ BAD_INPUT = {"celeba": [
         (NEW + "--warmup 2", "not betw"), ("--eval --prior gaussian", "--prior needs"),
         (COND + "sound", "choose from image, mask, a"), (COND + "mask attr=Bald", "all your own"),
         (COND + "attr=Freckles", "no attribute Freckles"), ("--eval --clip x", "only cub has "),
-        (COND + "mask=no.png", "no.png: cannot be read as a mask"),
+        (COND + "mask=~no/m.png", "~no/m.png: cannot be read as a mask"),
         (UNCOND + "--run nowhere", "train first with --train"), ("--train", "exists; --resume"),
         (NEW + "--resume", "no checkpoint yet"), (UNCOND + "--beta 1", "need --train"),
         (NEW + "--data nowhere", "not a complete data set"), (NEW + "--lr nan", "not between"),
