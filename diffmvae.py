@@ -53,7 +53,7 @@ import textwrap
 import time
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, compress
@@ -1555,11 +1555,11 @@ def run(args):
     # Modes
     if args.train:
         stop = []  # Ctrl-C and SIGTERM: save and leave
-        before = {which: signal.signal(which, lambda code, _: stop.append(code))
-                  for which in (signal.SIGINT, signal.SIGTERM)}
-        train(folder, config, data, stop, args.resume, new and text_init)
-        for which, handler in before.items():
-            signal.signal(which, handler)
+        with ExitStack() as after:
+            for which in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(which, lambda code, _: stop.append(code))
+                after.callback(signal.signal, which, before)     # given back, whatever happens
+            train(folder, config, data, stop, args.resume, new and text_init)
         print(f"{path}: {'stopped and saved; --train --resume goes on' if stop else 'trained'}")
         if stop:
             return 128 + stop[0]
