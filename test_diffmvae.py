@@ -257,8 +257,7 @@ def test_clamping_of_x0_hat():
     x, eps_net = D.row_noise(3, seeded())(4), lambda x, t: 0.9 * x
     (a1, s1), (a2, s2) = ((math.exp(-b / 2), math.sqrt(1 - math.exp(-b))) for b in (10.05, 2.5375))
     x0 = ((1 - 0.9 * s1) / a1 * x).clamp(-1, 1)
-    x = a2 * x0 + s2 * (x - a1 * x0) / s1
-    want = (1 - 0.9 * s2) / a2 * x
+    want = (1 - 0.9 * s2) / a2 * (a2 * x0 + s2 * (x - a1 * x0) / s1)
     got = draw("ddim", 2, eps_net, 3, 4, clamp=True)
     assert want.abs().max() > 0.5 and torch.allclose(got, want.clamp(-1, 1), atol=1e-4)
     raw, cut = (draw("euler-maruyama", 3, eps_net, 3, 4, clamp) for clamp in (False, True))
@@ -267,11 +266,12 @@ def test_clamping_of_x0_hat():
 
 def test_euler_maruyama_leaves_no_grain():
     """One image's exact score: below 1.3 of 255 levels are left; one step by hand, its mean."""
-    sampler, steps = tiny(weighting="likelihood").sampling()
-    x = draw(sampler, steps, gaussian_eps(0.3, 0.0))
-    assert (sampler, steps) == ("euler-maruyama", 100) and tiny().sampling() == ("ddim", 50)
-    assert 127.5 * x.std().item() < 1.3 and 127.5 * abs(x.mean().item() - 0.3) < 0.1
-    x, made = D.row_noise(3, seeded())(4), draw(sampler, 1, lambda x, t: 0.3 * x, 3, 4)
+    decoder = model_of(tiny(weighting="likelihood")).decoders["image"]
+    decoder.eps = MagicMock(side_effect=lambda x_t, t, z: gaussian_eps(0.3, 0.0)(x_t, t))
+    x = decoder.sample(None, D.row_noise(5, seeded()))           # as Config.sampling has it
+    assert decoder.eps.call_count == 100 and tiny().sampling() == ("ddim", 50)
+    assert 0.8 < 127.5 * x.std().item() < 1.3 and 127.5 * abs(x.mean().item() - 0.3) < 0.1
+    x, made = D.row_noise(3, seeded())(4), draw("euler-maruyama", 1, lambda x, t: 0.3 * x, 3, 4)
     score = -0.3 * x / math.sqrt(1 - math.exp(-10.05))
     assert torch.allclose(made, x + 20 * 0.999 * (0.5 * x + score), rtol=1e-5)
 
