@@ -188,7 +188,7 @@ SMALL = dict(
     vocab=(2000, 2000), special=(0, 1, 2),
     unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2, z_map=16, dropout=0.0,
     aux_network="mlp", aux_width=512,
-    warmup=0.4, beta=0.1, attr_weight=20.0, text_weight=20.0,
+    warmup=0.85, beta=0.05, attr_weight=20.0, text_weight=20.0,
     steps=1800, aux_steps=6000, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
     log_every=20, probe_every=400, save_every=200)
 SMALL_CUB = dict(modalities=("image", "text"), attributes=(), steps=2400)

@@ -1686,7 +1686,6 @@ def test_own_modality(tmp_path, monkeypatch, tiny_presets):
     model, figures = use_own(folder, ["depth"])
     assert model.config.modalities == ("image", "depth")
     assert "image from depth: FD-patch" in figures
-    assert "image from depth: FD-judge" not in figures           # a judge could read nothing
     assert "Eq. 5 bound: depth, nats" in figures
     data = diffmvae.Data(diffmvae.read_prepared(folder), model.config, CPU)
     item = data.tensors(np.array([3]))
@@ -1896,6 +1895,9 @@ def test_what_a_caption_states():
     shown = data.truth(np.array([1, 2]))
     assert list(shown) == ["text"]
     assert shown["text"].tolist() == [[1, 1, 0], [0, 0, 0]]
+    birds = toy("cub", 16)                                       # toys have facts instead of words
+    assert birds.vocabulary == data_prep.BIRD_FACTS
+    assert birds.stated(["a small bird with red wings"]).sum() == 2
 
 
 def test_common_words():
@@ -1991,12 +1993,25 @@ def test_texture_of_faces(request, cut):
     assert mask[shirt].all()
     assert not mask[background].any()
     assert not mask[cheek].any()
+    assert not face_with()[1][cheek].any()
     blue = textured[..., 2].astype(float)  # of plain hair 95, so never cut off
     assert 80 < blue[hair].var() < 400
     assert blue[background].var() > 100
     assert blue[shirt].var() > 50
     assert np.ptp(plain[shirt], (0, 1)).max() == 0
     assert np.ptp(textured[cheek], (0, 1)).max() == 0
+
+
+def forty_lighter(x, y):
+    """A texture that adds 40 grey levels."""
+    return np.full(len(x), 40.0)
+
+
+def test_textures_stay_within_the_grey_levels():
+    """What a texture would make lighter than white is white."""
+    pen = data_prep.Pen(Image.new("RGB", (32, 32), (250, 5, 128)))
+    pen.add_texture(0, forty_lighter)
+    assert pen.image.getpixel((3, 4)) == (255, 45, 168)
 
 
 def bird_with(seed=0, **choices):
@@ -2257,7 +2272,8 @@ def test_photographs_are_no_masks(tmp_path, capsys, rows, level, warned):
     grey[:rows] = level
     path = tmp_path / "photo.png"
     Image.fromarray(grey).save(path)
-    data_prep.read_mask([path], 64)
+    mask = data_prep.read_mask([path], 64)
+    assert mask[0].all() == (level > 100)
     said = capsys.readouterr()
     assert said.out == ""
     assert bool(said.err) == warned
@@ -2275,11 +2291,13 @@ def test_lines_of_texts(tmp_path, content):
     assert data_prep.read_lines(path) == ["a\u00e9 b", "c"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
-def test_texts_in_other_encodings(tmp_path, encoding):
+@pytest.mark.parametrize("text,encoding", [
+    ("a b\nc", "utf-16"), ("a b\nc", "utf-16-le"), ("a\u00e9 b", "latin-1"),
+])
+def test_texts_in_other_encodings(tmp_path, text, encoding):
     """They are refused, not misread."""
     path = tmp_path / "x.txt"
-    path.write_bytes("a\u00e9 b\nc".encode(encoding))
+    path.write_bytes(text.encode(encoding))
     with pytest.raises(diffmvae.UserError, match="cannot be read as a text in utf-8"):
         data_prep.read_lines(path)
 
