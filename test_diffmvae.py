@@ -3473,9 +3473,10 @@ def test_preparing_that_cannot_be(place, flags, words):
     ("celeba", "rm faces/*/0/00006_[!s]*",
      "1 of 12 cannot be used: faces/CelebAMask-HQ-mask-anno/0/00006_hair.png: cannot be read as"),
     ("celeba", "rm faces/*anno.txt", "anno.txt: cannot be read as a text"),
-    ("celeba", "sed -i 's/5.jpg  /5.jpg x /' faces/*anno.txt", "'5.jpg x"),
-    ("celeba", "sed -i s/12/13/ faces/*anno.txt", "line 1 says 13 images, 12 rows"),
-    ("celeba", "sed -i -E 's/ [0-9]+ / 1 /' faces/*mapping.txt", "every split needs 2"),
+    ("celeba", "perl -pi -e 's/5.jpg  /5.jpg x /' faces/*anno.txt", "'5.jpg x"),
+    ("celeba", "perl -pi -e 's/5.jpg  /5.jpg 1 /' faces/*anno.txt", "'5.jpg 1"),
+    ("celeba", "perl -pi -e s/12/13/ faces/*anno.txt", "line 1 says 13 images, 12 rows"),
+    ("celeba", "perl -pi -e 's/ [0-9]+ / 1 /' faces/*mapping.txt", "every split needs 2"),
     ("cub", "mv birds/text_c10 birds/text", "birds: neither images and text_c10, nor text_trainv"),
 ])
 def test_raw_data_that_do_not_fit(copy, dataset, damage, words):
