@@ -150,6 +150,7 @@ class Config:
     attr_weight: float = flag(1.0, "weight of the attribute term")
     text_weight: float = flag(1.0, "weight of the caption term")
     prior_expert: bool = flag(False, "N(0, I) as one more expert of the full subset (MoPoE's)")
+    image_sampler: str = "ddim"     # paper Sec. 4.1, for lambda = 1; small preset: ddpm is cleaner
     # Training
     steps: int = flag(200_000, "length of stage 1 in steps")  # about 530 passes over 24,183 faces
     aux_steps: int = flag(100_000, "length of stage 2, the auxiliary model, in steps")
@@ -169,7 +170,7 @@ class Config:
         """-> sampler, steps of an image. For lambda = 1 the paper has 50 steps of DDIM, and for
         lambda = g^2 Euler-Maruyama [Sec. 4.1], but not how many steps: we take 100."""
         if sampler is None:
-            sampler = "euler-maruyama" if self.weighting == "likelihood" else "ddim"
+            sampler = "euler-maruyama" if self.weighting == "likelihood" else self.image_sampler
         if steps is None:
             steps = 100 if sampler == "euler-maruyama" else 50
         return sampler, steps
@@ -188,7 +189,7 @@ SMALL = dict(
     vocab=(2000, 2000), special=(0, 1, 2),
     unet_mults=(1, 2, 2), unet_blocks=1, unet_attention=(8,), patch=2, z_map=16, dropout=0.0,
     aux_network="mlp", aux_width=512,
-    warmup=0.85, beta=0.05, attr_weight=20.0, text_weight=20.0,
+    warmup=0.85, beta=0.05, attr_weight=20.0, text_weight=20.0, image_sampler="ddpm",
     steps=1800, aux_steps=6000, optimizer="muon", lr=2e-3, lr_warmup=50, ema=0.995,
     log_every=20, probe_every=400, save_every=200)
 SMALL_CUB = dict(modalities=("image", "text"), attributes=(), steps=2400)
@@ -2311,7 +2312,8 @@ def parse_args(argv=None):
         help="for --sample uncond: z from the auxiliary model (default) or from N(0, I)")
     add("--num", type=within(int, 1, 1000), default=8, help="rows of the picture (default: 8)")
     add("--sampler", choices=list(SAMPLERS),
-        help="of diffusion's images (default: ddim, for lambda = g(t)^2 euler-maruyama)")
+        help="of diffusion's images (default: ddpm, in the paper preset ddim; for lambda = g(t)^2 "
+        "euler-maruyama)")
     add("--sampler-steps", type=count, help="of that sampler (default: 50, of euler-maruyama 100)")
     add("--eval-num", type=within(int, 2), help="test items (default: 400, with --inception all)")
     add("--eval-repeats", type=count, default=3, help="draws, with seeds from --seed (default: 3)")

@@ -187,6 +187,13 @@ def test_sampling_defaults(weighting, asked, want):
     assert diffmvae.Config(weighting=weighting).sampling(*asked) == want
 
 
+def test_small_models_sample_by_ddpm():
+    """The small preset draws images by DDPM, unless lambda is g^2 or the user names a sampler."""
+    assert diffmvae.preset_config("celeba", "small").sampling() == ("ddpm", 50)
+    likelihood = diffmvae.preset_config("cub", "small", weighting="likelihood")
+    assert likelihood.sampling() == ("euler-maruyama", 100)
+
+
 # === §2 Gaussians and their fusion [Sec. 3.2] ===
 
 STANDARD = Normal(0.0, 1.0)
@@ -3223,7 +3230,7 @@ def test_eval_command(trained, flags, want):
     assert json.loads((trained / "runs/cub-toy/eval.json").read_text()) == {
         "items": asked["num"],
         "seed": asked["seed"],
-        "sampling": ["ddim", asked["steps"] or 50],
+        "sampling": ["ddpm", asked["steps"] or 50],
         "figures": {"drawn": [1.0, 3.0], "real": [2.0]},
     }
 
