@@ -1693,6 +1693,7 @@ def test_own_modality(tmp_path, monkeypatch, tiny_presets):
     model, figures = use_own(folder, ["depth"])
     assert model.config.modalities == ("image", "depth")
     assert "image from depth: FD-patch" in figures
+    assert "image from depth: FD-judge" not in figures           # a judge could read nothing
     assert "Eq. 5 bound: depth, nats" in figures
     data = diffmvae.Data(diffmvae.read_prepared(folder), model.config, CPU)
     item = data.tensors(np.array([3]))
